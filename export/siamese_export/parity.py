@@ -1,0 +1,78 @@
+"""PyTorch against ONNX Runtime: both graphs, and end to end on pictures. No bundle appears that does not pass."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from siamese_deploy.errors import ParityError
+from siamese_deploy.verifier import Embeddings, Images, Verifier
+
+BATCH_SIZES = (1, 2, 3, 17)
+MAX_RELATIVE_EMBEDDING_ERROR = 1e-4
+MAX_SCORE_DIFFERENCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest differences found over all batch sizes."""
+
+    pictures: int
+    source: str
+    """Where the pictures came from."""
+    relative_embedding_error: float
+    """max over pictures of |torch - onnx| / |torch| (Euclidean norms)."""
+    head_score_difference: float
+    """max |difference| of scores that both heads give to PyTorch's embeddings."""
+    end_to_end_score_difference: float
+    """max |difference| of scores from picture to score."""
+
+    def to_json(self) -> dict[str, Any]:
+        limits = {"relative_embedding_error": MAX_RELATIVE_EMBEDDING_ERROR, "score_difference": MAX_SCORE_DIFFERENCE}
+        return {**asdict(self), "batch_sizes": list(BATCH_SIZES), "limits": limits}
+
+
+def measure_parity(reference: Verifier, exported: Verifier, images: Images, source: str) -> Parity:
+    """Compare the exported graphs with the network on (N, H, W, 3) uint8 pictures, N >= max(BATCH_SIZES)."""
+    embedding_error = head_difference = end_difference = 0.0
+    for batch_size in BATCH_SIZES:
+        expected, got = _embed(reference, images, batch_size), _embed(exported, images, batch_size)
+        norms = np.maximum(np.linalg.norm(expected, axis=1), 1e-12)
+        embedding_error = _worse(embedding_error, np.linalg.norm(got - expected, axis=1) / norms)
+        for shift in (0, 1):  # each picture with itself, and with the next one
+            left, right = expected[:batch_size], np.roll(expected, shift, axis=0)[:batch_size]
+            scores = reference.score(left, right)
+            head_difference = _worse(head_difference, exported.score(left, right) - scores)
+            one_to_many = exported.score(left[:1], right) - reference.score(left[:1], right)
+            head_difference = _worse(head_difference, one_to_many)
+            all_scores = reference.score(expected, np.roll(expected, shift, axis=0))
+            end_difference = _worse(end_difference, exported.score(got, np.roll(got, shift, axis=0)) - all_scores)
+    return Parity(len(images), source, embedding_error, head_difference, end_difference)
+
+
+def require_parity(parity: Parity) -> None:
+    """Raises:
+    ParityError: a difference is above its limit, or NaN.
+    """
+    checks = (
+        ("backbone: relative embedding error", parity.relative_embedding_error, MAX_RELATIVE_EMBEDDING_ERROR),
+        ("head: score difference", parity.head_score_difference, MAX_SCORE_DIFFERENCE),
+        ("end to end: score difference", parity.end_to_end_score_difference, MAX_SCORE_DIFFERENCE),
+    )
+    failed = [f"{what} {value:.3g} (at most {limit:.0e})" for what, value, limit in checks if not value <= limit]
+    if failed:
+        raise ParityError(
+            f"the exported graphs do not answer like the network on {parity.pictures} pictures ({parity.source}): "
+            f"{'; '.join(failed)}; no bundle was written"
+        )
+
+
+def _embed(verifier: Verifier, images: Images, batch_size: int) -> Embeddings:
+    return np.concatenate([verifier.embed(images[i : i + batch_size]) for i in range(0, len(images), batch_size)])
+
+
+def _worse(so_far: float, differences: np.ndarray) -> float:
+    # np.maximum, unlike max, lets a NaN through, and a NaN is no parity.
+    return float(np.maximum(so_far, np.abs(differences).max()))

@@ -1,0 +1,250 @@
+"""A bundle is a folder of three files: manifest.json, backbone.onnx, head.onnx. Write it, read it, prove it intact.
+
+The manifest is canonical JSON (sorted keys, two-space indent, ASCII) and is refused unless its bytes are exactly that.
+It holds the SHA-256 of both graphs and of itself (computed without the field `manifest_sha256`). The graphs' hashes are
+checked on the very bytes that are handed to ONNX Runtime: nothing is opened twice.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from siamese_deploy.durable_files import folder_published_as
+from siamese_deploy.errors import BundleError, InputDataError, UsageError
+from siamese_deploy.preprocess import Preprocess
+from siamese_deploy.verifier import Embeddings
+
+FORMAT = "siamese-bundle/1"
+MANIFEST, BACKBONE, HEAD = "manifest.json", "backbone.onnx", "head.onnx"
+MAX_MANIFEST_BYTES = 2**20
+MAX_GRAPH_BYTES = 2**31 - 1
+GOLDEN_RULE = "ramp-v1"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What the network must answer to the picture of `golden_image`, as PyTorch computed it at export."""
+
+    embedding: Embeddings
+    """(dim,) float32."""
+    score: float
+    """Score of the pair (picture, same picture), in [0, 1]."""
+
+    def to_json(self) -> dict[str, Any]:
+        embedding = base64.b64encode(self.embedding.astype("<f4").tobytes()).decode("ascii")
+        return {"rule": GOLDEN_RULE, "embedding_float32_base64": embedding, "score": self.score}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    backbone: str
+    """Name in torchvision.models."""
+    embedding_dim: int
+    preprocess: Preprocess
+    precision: str
+    """"fp32"."""
+    batch: tuple[int, int, int]
+    """Smallest, best and largest number of pictures per backbone run."""
+    threshold: float
+    """Operating threshold in [0, 1]."""
+    threshold_origin: str
+    golden: Golden
+    created_utc: str
+    """ISO 8601."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """For people: training, parity, tools. Not read by the runtime."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A complete, proven model: what the manifest says and the bytes of both graphs."""
+
+    manifest: Manifest
+    backbone: bytes = field(repr=False)
+    head: bytes = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over graphs, pre-processing and precision: all that decides an answer, and nothing else."""
+        return _sha256(
+            _canonical_json(
+                {
+                    BACKBONE: _sha256(self.backbone),
+                    HEAD: _sha256(self.head),
+                    "preprocess": self.manifest.preprocess.to_json(),
+                    "precision": self.manifest.precision,
+                }
+            )
+        )
+
+    def write(self, target: Path) -> None:
+        """Publish as the new folder `target`, complete or not at all.
+
+        Raises:
+            UsageError: `target` exists.
+        """
+        if target.exists():
+            raise UsageError(f"{target}: exists already; choose another folder or remove it first")
+        with folder_published_as(target) as temporary:
+            (temporary / BACKBONE).write_bytes(self.backbone)
+            (temporary / HEAD).write_bytes(self.head)
+            (temporary / MANIFEST).write_bytes(_manifest_bytes(self))
+
+
+def read_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Read and check a bundle folder.
+
+    Raises:
+        InputDataError: `path` does not exist.
+        BundleError: not a bundle, incomplete, with files that do not belong to it, damaged, or of a newer format.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise InputDataError(f"{folder}: no such bundle")
+    if not folder.is_dir():
+        hint = "; a checkpoint is evaluated with siamese-train-eval" if folder.suffix == ".pth" else ""
+        raise BundleError(f"{folder}: is a file; expected a bundle folder holding {MANIFEST}{hint}")
+    names = sorted(os.listdir(folder))
+    if MANIFEST not in names:
+        raise BundleError(f"{folder}: is no bundle ({MANIFEST} is missing)")
+    for expected in (BACKBONE, HEAD):
+        if expected not in names:
+            raise BundleError(f"{folder}: incomplete bundle ({expected} is missing); copy or export it again")
+    foreign = [name for name in names if name not in (MANIFEST, BACKBONE, HEAD)]
+    if foreign:
+        raise BundleError(f"{folder}: holds files that do not belong to a bundle ({', '.join(foreign)}); remove them")
+    text = _read_regular(folder / MANIFEST, MAX_MANIFEST_BYTES)
+    manifest, files, digest = _parse_manifest(folder / MANIFEST, text)
+    graphs = {}
+    for name in (BACKBONE, HEAD):
+        graphs[name] = _read_regular(folder / name, MAX_GRAPH_BYTES)
+        found = _sha256(graphs[name])
+        if found != files.get(name):
+            raise BundleError(
+                f"{folder / name}: damaged (SHA-256 expected {files.get(name)}, got {found}); copy or export it again"
+            )
+    bundle = Bundle(manifest, graphs[BACKBONE], graphs[HEAD])
+    if bundle.digest != digest:
+        raise BundleError(f"{folder / MANIFEST}: bundle_digest does not match the graphs; export the bundle again")
+    return bundle
+
+
+def golden_image(size_hw: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) uint8 picture of rule "ramp-v1": (3y + 5x + 7 (y // 8)(x // 8) + 85 channel) mod 256."""
+    y, x, channel = np.ogrid[: size_hw[0], : size_hw[1], :3]
+    pixels: npt.NDArray[np.uint8] = ((3 * y + 5 * x + 7 * (y // 8) * (x // 8) + 85 * channel) % 256).astype(np.uint8)
+    return pixels
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _canonical_json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def _manifest_bytes(bundle: Bundle) -> bytes:
+    manifest = bundle.manifest
+    value: dict[str, Any] = {
+        "format": FORMAT,
+        "backbone": manifest.backbone,
+        "embedding_dim": manifest.embedding_dim,
+        "preprocess": manifest.preprocess.to_json(),
+        "precision": manifest.precision,
+        "batch": dict(zip(("min", "opt", "max"), manifest.batch, strict=True)),
+        "threshold": {"value": manifest.threshold, "origin": manifest.threshold_origin},
+        "golden": manifest.golden.to_json(),
+        "created_utc": manifest.created_utc,
+        "about": manifest.about,
+        "files": {BACKBONE: _sha256(bundle.backbone), HEAD: _sha256(bundle.head)},
+        "bundle_digest": bundle.digest,
+    }
+    value["manifest_sha256"] = _sha256(_canonical_json(value))
+    return _canonical_json(value)
+
+
+def _read_regular(path: Path, limit_bytes: int) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be opened as a plain file ({error.strerror})") from error
+    with open(descriptor, "rb") as file:
+        if not path.is_file() or os.fstat(descriptor).st_size > limit_bytes:
+            raise BundleError(f"{path}: expected a plain file of at most {limit_bytes:,} bytes")
+        return file.read()
+
+
+def _parse_manifest(path: Path, text: bytes) -> tuple[Manifest, dict[str, str], str]:
+    """The manifest, the graphs' hashes by file name, and the bundle digest."""
+    damaged = f"{path}: damaged; copy or export the bundle again"
+    try:
+        value = json.loads(text.decode("ascii"), object_pairs_hook=_unique_keys)
+        canonical = _canonical_json(value)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleError(f"{damaged} (not canonical JSON: {error})") from error
+    if isinstance(value, dict) and value.get("format") not in (None, FORMAT):
+        raise BundleError(f"{path}: format {value['format']!r}, this program reads {FORMAT!r}; use a matching version")
+    if not isinstance(value, dict) or canonical != text:
+        raise BundleError(f"{damaged} (not canonical JSON)")
+    stated = value.pop("manifest_sha256", None)
+    found = _sha256(_canonical_json(value))
+    if stated != found:
+        raise BundleError(f"{damaged} (manifest_sha256 expected {stated}, got {found})")
+    try:
+        return _manifest_from(value), _typed(value, "files", dict), _typed(value, "bundle_digest", str)
+    except (KeyError, ValueError) as error:
+        raise BundleError(f"{path}: {error.args[0]}") from error
+
+
+def _manifest_from(value: dict[str, Any]) -> Manifest:
+    pre, batch, threshold, golden = (_typed(value, key, dict) for key in ("preprocess", "batch", "threshold", "golden"))
+    height, width = (int(side) for side in _typed(pre, "size_hw", list))
+    preprocess = Preprocess((height, width))
+    if pre != preprocess.to_json():
+        raise ValueError(f"preprocess: expected {preprocess.to_json()}, got {pre}; use a matching version")
+    if _typed(golden, "rule", str) != GOLDEN_RULE:
+        raise ValueError(f"golden.rule: expected {GOLDEN_RULE!r}, got {golden['rule']!r}; use a matching version")
+    dim = _typed(value, "embedding_dim", int)
+    embedding = np.frombuffer(base64.b64decode(_typed(golden, "embedding_float32_base64", str)), dtype="<f4")
+    if embedding.shape != (dim,):
+        raise ValueError(f"golden embedding: expected {dim} numbers, got {embedding.size}")
+    operating = _typed(threshold, "value", float)
+    if not 0 <= operating <= 1:
+        raise ValueError(f"threshold: expected a number in [0, 1], got {operating}")
+    return Manifest(
+        backbone=_typed(value, "backbone", str),
+        embedding_dim=dim,
+        preprocess=preprocess,
+        precision=_typed(value, "precision", str),
+        batch=(_typed(batch, "min", int), _typed(batch, "opt", int), _typed(batch, "max", int)),
+        threshold=operating,
+        threshold_origin=_typed(threshold, "origin", str),
+        golden=Golden(embedding.astype(np.float32), _typed(golden, "score", float)),
+        created_utc=_typed(value, "created_utc", str),
+        about=_typed(value, "about", dict),
+    )
+
+
+def _typed(value: dict[str, Any], key: str, kind: type[T]) -> T:
+    if type(value.get(key)) is not kind:
+        raise ValueError(f"{key}: expected {kind.__name__}, got {type(value.get(key)).__name__}")
+    return value[key]  # type: ignore[no-any-return]
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return value

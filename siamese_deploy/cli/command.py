@@ -1,0 +1,103 @@
+"""What every command shares: exit codes, one-line errors, --debug, and the reference scripts' spelling of options."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from siamese_deploy.errors import SiameseError
+
+PATH = click.Path(path_type=Path)
+SEED = click.IntRange(0, 2**32 - 1)
+
+# Disk, permission, descriptors and memory: the environment's fault, not the user's and not ours.
+_ENVIRONMENT_ERRNO = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO,
+    errno.ENOMEM, errno.ESTALE,
+}  # fmt: skip
+
+
+class Command(click.Command):
+    """A click command that ends with the project's exit codes and one line on stderr.
+
+    Options are declared with underscores, as the reference scripts spell them, and accepted with hyphens too.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("context_settings", {})
+        kwargs["context_settings"] |= {
+            "token_normalize_func": lambda token: token.replace("-", "_"),
+            "help_option_names": ["-h", "--help"],
+            "show_default": True,
+        }
+        super().__init__(*args, **kwargs)
+        self.params += [
+            click.Option(["--debug"], is_flag=True, expose_value=False, callback=_debug, help="Show tracebacks."),
+            click.Option(
+                ["--version"],
+                is_flag=True,
+                expose_value=False,
+                is_eager=True,
+                callback=_version,
+                help="Show the version.",
+            ),
+        ]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, _terminated)
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except KeyboardInterrupt:
+            _fail(ctx, "interrupted", 130)
+        except BrokenPipeError:  # the reader of our output went away (`| head`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        except SiameseError as error:
+            _fail(ctx, str(error), error.exit_code)
+        except MemoryError:
+            _fail(ctx, "out of memory; use smaller pictures or batches", 5)
+        except OSError as error:
+            if error.errno not in _ENVIRONMENT_ERRNO:
+                _fail(ctx, f"internal error: {error!r}; this is a bug, please report it with --debug's output", 70)
+            _fail(ctx, f"{error.filename or 'output'}: {error.strerror}", 5)
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, known by name because torch may be absent
+                _fail(ctx, "out of GPU memory; use a smaller --batch_size or --image_size, or --device cpu", 5)
+            _fail(ctx, f"internal error: {error!r}; this is a bug, please report it with --debug's output", 70)
+
+
+def _debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    ctx.meta["siamese.debug"] = value
+
+
+def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo(f"siamese-toolkit {metadata.version('siamese-toolkit')}")
+        ctx.exit()
+
+
+def _fail(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
+    if ctx.meta.get("siamese.debug"):
+        import traceback
+
+        traceback.print_exc()
+    click.echo(f"{ctx.info_name}: {one_line(message)}", err=True)
+    sys.exit(exit_code)
+
+
+def _terminated(_signal: int, _frame: object) -> NoReturn:
+    sys.exit(143)  # an exception, so that temporary files are removed on the way out
+
+
+def one_line(message: str) -> str:
+    """The message with line breaks and control characters escaped: names of files are data, also on a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in message)

@@ -1,0 +1,123 @@
+"""root/<class>/<image> -> ImageFolder. Looks at names only; no picture is opened here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from siamese_deploy.errors import EnvironmentFault, InputDataError
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+@dataclass(frozen=True)
+class SkippedFile:
+    """A file or folder that was left out, and why. `path` is relative to the root."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The pictures below one root, in an order that depends on nothing but their names."""
+
+    root: Path
+    paths: tuple[str, ...]
+    """(n_images,) POSIX paths relative to `root`, sorted as bytes."""
+    labels: npt.NDArray[np.int64]
+    """(n_images,) index into `class_names`."""
+    class_names: tuple[str, ...]
+    """(n_classes,) folder names, sorted as bytes; every one has at least one picture."""
+    skipped: tuple[SkippedFile, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def absolute_path(self, image: int) -> Path:
+        return self.root / self.paths[image]
+
+    def class_name(self, image: int) -> str:
+        return self.class_names[int(self.labels[image])]
+
+    def without(self, unusable: tuple[SkippedFile, ...]) -> ImageFolder:
+        """The folder without the named pictures, which are added to `skipped`; emptied classes disappear."""
+        gone = {file.path for file in unusable}
+        return _image_folder(self.root, [path for path in self.paths if path not in gone], self.skipped + unusable)
+
+
+def scan_image_folder(root: str | os.PathLike[str]) -> ImageFolder:
+    """List the pictures in root/<class>/; hidden files and files that are no pictures by name are ignored.
+
+    Links are followed. What should have been usable but is not (broken link, folder without permission, class without
+    a picture) is listed in `skipped`.
+
+    Raises:
+        InputDataError: the root is missing, a file, or holds no class folder with a picture.
+        EnvironmentFault: the root may not be read.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise InputDataError(f"{root}: no such folder")
+    if not root.is_dir():
+        raise InputDataError(f"{root}: is a file; expected a folder with one sub-folder per class")
+    try:
+        entries = _visible_entries(root)
+    except PermissionError as error:
+        raise EnvironmentFault(f"{root}: no permission to read this folder") from error
+    paths: list[str] = []
+    skipped: list[SkippedFile] = []
+    for entry in entries:
+        if not entry.is_dir():
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                skipped.append(SkippedFile(entry.name, "broken link"))
+            continue
+        try:
+            files = _visible_entries(Path(entry.path))
+        except OSError as error:
+            skipped.append(SkippedFile(entry.name, f"folder cannot be read ({error.strerror})"))
+            continue
+        pictures = [file for file in files if file.name.lower().endswith(IMAGE_EXTENSIONS)]
+        usable = [file for file in pictures if file.is_file()]
+        paths += [f"{entry.name}/{file.name}" for file in usable]
+        skipped += [
+            SkippedFile(f"{entry.name}/{file.name}", "broken link" if file.is_symlink() else "not a regular file")
+            for file in pictures
+            if not file.is_file()
+        ]
+        if not usable:
+            skipped.append(SkippedFile(entry.name, "class folder without a picture"))
+    if not paths:
+        raise InputDataError(_why_empty(root, entries))
+    return _image_folder(root, paths, tuple(skipped))
+
+
+def _image_folder(root: Path, paths: list[str], skipped: tuple[SkippedFile, ...]) -> ImageFolder:
+    ordered = sorted(paths, key=os.fsencode)
+    classes = [path.partition("/")[0] for path in ordered]
+    class_names = sorted(set(classes), key=os.fsencode)
+    index = {name: i for i, name in enumerate(class_names)}
+    labels = np.array([index[name] for name in classes], dtype=np.int64)
+    return ImageFolder(root, tuple(ordered), labels, tuple(class_names), skipped)
+
+
+def _visible_entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Entries of one folder without what file managers, cameras and archives leave behind."""
+    with os.scandir(folder) as entries:
+        return [e for e in entries if not e.name.startswith((".", "@eaDir", "__MACOSX"))]
+
+
+def _why_empty(root: Path, entries: list[os.DirEntry[str]]) -> str:
+    layout = f"expected {root}/<class>/<image> with one of {' '.join(IMAGE_EXTENSIONS)}"
+    in_root = sum(e.name.lower().endswith(IMAGE_EXTENSIONS) and e.is_file() for e in entries)
+    if in_root:
+        return f"{root}: {in_root} pictures lie directly in the folder; {layout}"
+    folders = [e for e in entries if e.is_dir()]
+    nested = [e for e in folders if any(inner.is_dir() for inner in os.scandir(e.path))]
+    if len(folders) == len(nested) == 1:
+        return f"{root}: no pictures in its sub-folders; did you mean {root}/{nested[0].name}? {layout}"
+    return f"{root}: no pictures in {len(folders)} sub-folders; {layout}"

@@ -1,0 +1,137 @@
+"""Picture file -> uint8 RGB (H, W, 3). The only decoder and the only resizer in the project.
+
+Training puts its augmentation between `decode_image` and `resize_image`; evaluation and deployment call `load_image`,
+which is the two in a row. Scaling to floats, mean and standard deviation are inside the network's graph.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from siamese_deploy.errors import ImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+MAX_FILE_BYTES = 64 * 2**20
+MAX_PIXELS = 50_000_000
+MIN_SIDE_PIXELS = 8
+ALPHA_BACKGROUND = (128, 128, 128)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Everything outside the graphs that changes an embedding; part of a bundle's digest."""
+
+    size_hw: tuple[int, int]
+    """(height, width) in pixels that the backbone takes."""
+    resize: str = "bilinear-antialiased"
+    """Pillow's BILINEAR, whose support widens when shrinking."""
+    decode: str = "v1"
+    """The rules of `decode_image`; a change of those rules gets a new name."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"size_hw": list(self.size_hw), "resize": self.resize, "decode": self.decode}
+
+
+def load_image(source: str | os.PathLike[str], preprocess: Preprocess) -> npt.NDArray[np.uint8]:
+    """Decode and resize one picture file.
+
+    Returns:
+        (H, W, 3) uint8 RGB with (H, W) = preprocess.size_hw.
+
+    Raises:
+        ImageError: the file cannot be read, is no picture of a supported format, is truncated, too small or too large.
+    """
+    return resize_image(decode_image(source), preprocess.size_hw)
+
+
+def decode_image(source: str | os.PathLike[str]) -> Image.Image:
+    """Decode one picture file to a full-size Pillow image of mode RGB.
+
+    EXIF orientation is applied; of an animation or a multi-page file the first frame is taken; transparency is laid
+    over mid-grey; 16-bit grey is scaled to 8 bits (value / 257); CMYK is converted; colour profiles are ignored.
+
+    Raises:
+        ImageError: as `load_image`.
+    """
+    path = os.fspath(source)
+    data = _read_picture_file(path)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ImageError(path, f"too large: {width}x{height} pixels, at most {MAX_PIXELS:,} are accepted")
+            if min(width, height) < MIN_SIDE_PIXELS:
+                raise ImageError(path, f"too small: {width}x{height} pixels, at least {MIN_SIDE_PIXELS} a side")
+            image.load()
+            return _to_rgb(path, _upright(image))
+    except ImageError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more on damaged files
+        raise ImageError(path, _why_unreadable(data, error)) from error
+
+
+def resize_image(image: Image.Image, size_hw: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Bilinear, antialiased resize of an RGB image to (H, W, 3) uint8; the aspect ratio is not kept."""
+    height, width = size_hw
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _read_picture_file(path: str) -> bytes:
+    try:
+        # O_NONBLOCK: a named pipe called x.jpg must not hang the run.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise ImageError(path, f"cannot be opened ({error.strerror})") from error
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(path, "not a regular file")
+        if status.st_size == 0:
+            raise ImageError(path, "empty file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ImageError(path, f"too large: {status.st_size:,} bytes, at most {MAX_FILE_BYTES:,} are accepted")
+        try:
+            return file.read()
+        except OSError as error:
+            raise ImageError(path, f"cannot be read ({error.strerror})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data never costs the picture
+        return image
+
+
+def _to_rgb(path: str, image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError(path, f"pixels of type {image.mode} have no defined range; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        background = Image.new("RGBA", layer.size, (*ALPHA_BACKGROUND, 255))
+        return Image.alpha_composite(background, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _why_unreadable(data: bytes, error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"too large: at most {MAX_PIXELS:,} pixels are accepted"
+    start = data[:512].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "not a picture (looks like an HTML page)"
+    if isinstance(error, UnidentifiedImageError):
+        return f"not a picture of a supported format ({', '.join(FORMATS)})"
+    return f"damaged or truncated ({type(error).__name__}: {error})"

@@ -1,0 +1,144 @@
+"""Which ONNX Runtime execution provider, with which options. Strict: the one asked for, or an error; never silent.
+
+ONNX Runtime itself falls back to the CPU with a warning when a GPU provider cannot start, and its list of "available"
+providers is what was compiled in, not what works. So a session is opened without fallback, and what it really uses is
+compared with what was asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from siamese_deploy.errors import BundleError, ProviderError, UsageError, needs_extra
+
+ORT_NAMES = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+CHOICES = ("auto", *ORT_NAMES)
+
+_OPTIONS: dict[str, dict[str, str]] = {
+    "cpu": {},
+    # HEURISTIC: the default EXHAUSTIVE search runs again for each new batch size. TF32 off: scores as on the CPU.
+    "cuda": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"},
+    "tensorrt": {},
+}
+_LIBRARY = {"cuda": "libonnxruntime_providers_cuda.so", "tensorrt": "libonnxruntime_providers_tensorrt.so"}
+
+
+def import_onnxruntime() -> ModuleType:
+    """The onnxruntime module.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    with needs_extra("cpu"):
+        import onnxruntime
+    module: ModuleType = onnxruntime
+    return module
+
+
+def choose_provider(asked: str) -> tuple[str, str]:
+    """What to try for `asked`: the provider's short name, and why better ones were passed over ("" if none was).
+
+    "auto" takes CUDA where it truly starts, else the CPU. TensorRT builds engines for minutes, so it is only ever used
+    when named.
+
+    Raises:
+        UsageError: `asked` is none of CHOICES.
+    """
+    if asked not in CHOICES:
+        raise UsageError(f"provider {asked!r}: expected one of {', '.join(CHOICES)}")
+    if asked != "auto":
+        return asked, ""
+    missing = _why_unavailable("cuda")
+    return ("cpu", f"cuda passed over: {missing}") if missing else ("cuda", "")
+
+
+def open_session(graph: bytes, name: str, provider: str, threads: int | None = None) -> Any:
+    """An onnxruntime.InferenceSession of `graph` that really runs on `provider`.
+
+    Args:
+        name: what to call the graph in an error.
+        threads: CPU threads within one operator; default: the cores this process may use.
+
+    Raises:
+        ProviderError: the provider cannot start here; the message names what is missing.
+        BundleError: ONNX Runtime refuses the graph.
+    """
+    ort = import_onnxruntime()
+    if ORT_NAMES[provider] not in ort.get_available_providers():
+        raise ProviderError(f"provider {provider}: {_why_unavailable(provider)}")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Explicit, because ONNX Runtime otherwise pins threads to cores that may be offline (Jetson power modes).
+    options.intra_op_num_threads = threads or usable_cores()
+    with _quiet(ort):
+        try:
+            session = ort.InferenceSession(
+                graph, options, providers=[(ORT_NAMES[provider], _OPTIONS[provider])], enable_fallback=0
+            )
+        except Exception as error:  # ONNX Runtime raises its own kinds, RuntimeError and UnicodeDecodeError
+            if provider != "cpu" and (reason := _why_unavailable(provider)):
+                raise ProviderError(f"provider {provider}: {reason}") from error
+            kind = ProviderError if provider != "cpu" else BundleError
+            raise kind(f"{name}: ONNX Runtime {ort.__version__} refuses it on {provider}: {_line(error)}") from error
+    if session.get_providers()[0] != ORT_NAMES[provider]:
+        reason = _why_unavailable(provider) or f"ONNX Runtime {ort.__version__} started {session.get_providers()[0]}"
+        raise ProviderError(f"provider {provider}: {reason}")
+    return session
+
+
+def usable_cores() -> int:
+    """Cores this process may run on (a container or `taskset` may allow fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _why_unavailable(provider: str) -> str:
+    """What keeps a GPU provider from starting, in words with the remedy; "" where nothing is known to be missing."""
+    ort = import_onnxruntime()
+    if ORT_NAMES[provider] not in ort.get_available_providers():
+        return (
+            f"{ORT_NAMES[provider]} is not in the installed ONNX Runtime {ort.__version__} (it has "
+            f"{', '.join(ort.get_available_providers())}); run: pip uninstall onnxruntime && pip install "
+            "'siamese-toolkit[gpu]' (on a Jetson see docs/jetson.md)"
+        )
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "libcuda.so.1 is missing, so there is no NVIDIA driver on this machine; install the driver or use cpu"
+    with _quiet(ort):
+        preload_dlls = getattr(ort, "preload_dlls", None)  # from 1.21 on: finds CUDA and cuDNN in pip packages
+        if preload_dlls is not None:
+            preload_dlls()
+    capi = Path(str(ort.__file__)).parent / "capi"
+    try:
+        ctypes.CDLL(str(capi / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(capi / _LIBRARY[provider]))
+    except OSError as error:
+        if "cannot open shared object file" in str(error) and _LIBRARY[provider] not in str(error).partition(":")[0]:
+            return f"{_line(error)}; install the CUDA, cuDNN or TensorRT that ONNX Runtime {ort.__version__} needs"
+    return ""
+
+
+@contextlib.contextmanager
+def _quiet(ort: ModuleType) -> Iterator[None]:
+    """ONNX Runtime's chatter off stdout (it uses print) and off stderr (its native log); our error says it instead."""
+    ort.set_default_logger_severity(4)
+    try:
+        with contextlib.redirect_stdout(sys.stderr if os.environ.get("SIAMESE_DEBUG") else open(os.devnull, "w")):
+            yield
+    finally:
+        ort.set_default_logger_severity(2)
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]

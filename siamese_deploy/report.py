@@ -1,0 +1,125 @@
+"""Evaluation -> pairs.csv, metrics.json, skipped.csv and one picture per pair, in a staging folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from siamese_deploy.errors import ImageError
+from siamese_deploy.evaluate import Evaluation
+from siamese_deploy.image_folder import SkippedFile
+from siamese_deploy.pair_picture import image_tile, pair_picture
+from siamese_deploy.verifier import Verifier
+
+FORMAT = "siamese-evaluation/1"
+_TILES_IN_MEMORY = 512
+
+
+def write_report(
+    staging: Path, evaluation: Evaluation, verifier: Verifier, *, seed: int, show_progress: bool = False
+) -> None:
+    """Write all files of an evaluation into the empty folder `staging`.
+
+    pairs.csv has the columns left, right, is_same, score in pair order; row k belongs to the picture k.png (from 0).
+    """
+    folder, pairs = evaluation.folder, evaluation.pairs
+    rows = [
+        (folder.paths[left], folder.paths[right], int(same), shortest_float32(score))
+        for left, right, same, score in zip(pairs.left, pairs.right, pairs.is_same, evaluation.scores, strict=True)
+    ]
+    _write_csv(staging / "pairs.csv", ("left", "right", "is_same", "score"), rows)
+    if evaluation.skipped:
+        write_skipped(staging / "skipped.csv", evaluation.skipped)
+    _write_pictures(staging, evaluation, show_progress)
+    text = json.dumps(_metrics_json(evaluation, verifier, seed), indent=2, allow_nan=False)
+    (staging / "metrics.json").write_text(text + "\n", encoding="utf-8")
+
+
+def shortest_float32(value: np.float32) -> str:
+    """The decimal text with the fewest digits that reads back as the same float32."""
+    return str(np.float32(value))
+
+
+def write_skipped(path: Path, skipped: Sequence[SkippedFile]) -> None:
+    """A CSV file of what was left out and why: columns path, reason."""
+    _write_csv(path, ("path", "reason"), [(file.path, file.reason) for file in skipped])
+
+
+def _metrics_json(evaluation: Evaluation, verifier: Verifier, seed: int) -> dict[str, Any]:
+    metrics = evaluation.metrics
+    return {
+        "format": FORMAT,
+        "pairs": metrics.pairs,
+        "same_pairs": metrics.same_pairs,
+        "pair_digest": evaluation.pair_digest,
+        "seed": seed,
+        "loss": metrics.loss,
+        "accuracy": metrics.accuracy,
+        "roc_auc": metrics.roc_auc,
+        "threshold": metrics.threshold,
+        "classes": len(evaluation.folder.class_names),
+        "images": len(evaluation.folder),
+        "files_skipped": len(evaluation.skipped),
+        "pairs_skipped": evaluation.pairs_skipped,
+        "backend": verifier.backend,
+        "provider": verifier.provider,
+        "model_digest": verifier.model_digest,
+        "run": {  # differs between machines; everything above does not
+            "python": platform.python_version(),
+            "siamese-toolkit": metadata.version("siamese-toolkit"),
+            "numpy": np.__version__,
+            "pillow": metadata.version("pillow"),
+        },
+    }
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    # surrogateescape: names that are not UTF-8 come out as the bytes they are on the disk.
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _write_pictures(staging: Path, evaluation: Evaluation, show_progress: bool) -> None:
+    folder, pairs = evaluation.folder, evaluation.pairs
+
+    @lru_cache(maxsize=_TILES_IN_MEMORY)
+    def tile(image: int) -> Image.Image:
+        return image_tile(folder.absolute_path(image))
+
+    def draw(pair: int) -> None:
+        left, right = int(pairs.left[pair]), int(pairs.right[pair])
+        try:
+            tiles = tile(left), tile(right)
+        except ImageError:  # readable when it was embedded, gone since; its score stands
+            return
+        picture = pair_picture(
+            *tiles,
+            (folder.class_name(left), folder.class_name(right)),
+            float(evaluation.scores[pair]),
+            bool(pairs.is_same[pair]),
+            evaluation.metrics.threshold,
+        )
+        picture.save(staging / f"{pair}.png", compress_level=1)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        try:
+            drawn = threads.map(draw, range(len(pairs)))
+            for _ in tqdm(drawn, total=len(pairs), desc="drawing", unit="pair", disable=not show_progress):
+                pass
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise

@@ -1,0 +1,121 @@
+"""Checkpoint files: weights, optimiser and how they came about. Read with `weights_only` only.
+
+The keys `epoch`, `model_state_dict`, `backbone` and `optimizer_state_dict` are the reference scripts'; a file with just
+those loads here, and theirs load ours, which has one key more, `siamese_toolkit`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from siamese_deploy.durable_files import write_atomically
+from siamese_deploy.errors import CheckpointError, InputDataError
+from siamese_train.config import TrainConfig
+from siamese_train.model import SiameseNetwork, load_strictly
+
+REFERENCE_IMAGE_SIZE = 224
+_REQUIRED = {"epoch": int, "model_state_dict": dict, "backbone": str, "optimizer_state_dict": dict}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    epoch: int
+    """Epochs trained."""
+    backbone: str
+    image_size: int
+    """Pixels; 224 where the file does not say (the reference scripts know no other size)."""
+    model_state: dict[str, Any]
+    training: dict[str, Any]
+    """Settings, counts and metrics; empty for a file of the reference scripts."""
+    sha256: str
+    """Of the file."""
+    path: Path
+
+    def build_model(self) -> SiameseNetwork:
+        """The network with these weights, on the CPU, in inference mode.
+
+        Raises:
+            CheckpointError: the weights do not fit the backbone or are not finite.
+        """
+        model = SiameseNetwork(self.backbone, self.image_size)
+        load_strictly(model, self.model_state, f"{self.path} (backbone {self.backbone})")
+        return model.eval()
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    epoch: int,
+    model: SiameseNetwork,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    data: dict[str, Any],
+    metrics: dict[str, float],
+) -> None:
+    content = {
+        "epoch": epoch,
+        "model_state_dict": model.state_dict(),
+        "backbone": config.backbone,
+        "optimizer_state_dict": optimizer.state_dict(),
+        "siamese_toolkit": {"format": 1, "config": config.to_json(), "data": data, "metrics": metrics},
+    }
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint of ours or of the reference scripts.
+
+    Raises:
+        InputDataError: no such file.
+        CheckpointError: not a checkpoint, damaged, of a newer format, or with weights that are not finite.
+    """
+    if not path.exists():
+        raise InputDataError(f"{path}: no such checkpoint")
+    if path.is_dir():
+        bundle = (path / "manifest.json").exists()
+        hint = "a bundle; evaluate it with siamese-eval" if bundle else "a folder; name the .pth file in it"
+        raise CheckpointError(f"{path}: expected a checkpoint file, got {hint}")
+    content = load_safely(path)
+    for key, kind in _REQUIRED.items():
+        if not isinstance(content.get(key), kind):
+            found = "nothing" if key not in content else type(content[key]).__name__
+            raise CheckpointError(f"{path}: is no checkpoint ({key}: expected {kind.__name__}, got {found})")
+    own = content.get("siamese_toolkit", {})
+    if own and own.get("format") != 1:
+        raise CheckpointError(f"{path}: format {own.get('format')}, this program reads 1; use a newer version of it")
+    state = content["model_state_dict"]
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{path}: {key}: expected a tensor, got {type(value).__name__}")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{path}: {key} holds NaN or infinity; take an earlier checkpoint of the run")
+    return Checkpoint(
+        epoch=content["epoch"],
+        backbone=content["backbone"],
+        image_size=own["config"]["image_size"] if own else REFERENCE_IMAGE_SIZE,
+        model_state=state,
+        training=own,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        path=path,
+    )
+
+
+def load_safely(path: Path) -> dict[str, Any]:
+    """torch.load(weights_only=True) of a dictionary, onto the CPU.
+
+    Raises:
+        CheckpointError: not a file of torch.save, damaged, or one that holds more than plain data.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip, storage and attribute errors of many kinds
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise CheckpointError(f"{path}: damaged, or no checkpoint ({type(error).__name__}: {reason})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: is no checkpoint (expected a dictionary, got {type(content).__name__})")
+    return content

@@ -1,0 +1,78 @@
+"""TorchVerifier: a network or checkpoint with the two verbs of every backend."""
+
+from __future__ import annotations
+
+import torch
+
+from siamese_deploy.errors import EnvironmentFault, UsageError
+from siamese_deploy.preprocess import Preprocess
+from siamese_deploy.verifier import Embeddings, Images, Scores
+from siamese_train.checkpoint import Checkpoint
+from siamese_train.model import InputNormalisation, SiameseNetwork
+
+
+class TorchVerifier:
+    """Embeds and scores with PyTorch in float32. The network is put into inference mode for each call.
+
+    Args:
+        model_digest: SHA-256 of the checkpoint, or "" for a network that is still being trained.
+    """
+
+    backend = "pytorch"
+
+    def __init__(
+        self, model: SiameseNetwork, preprocess: Preprocess, device: torch.device, model_digest: str = ""
+    ) -> None:
+        self.model = model.to(device)
+        self.preprocess = preprocess
+        self.device = device
+        self.model_digest = model_digest
+        self._normalise = InputNormalisation().to(device)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, device: torch.device) -> TorchVerifier:
+        preprocess = Preprocess((checkpoint.image_size, checkpoint.image_size))
+        return cls(checkpoint.build_model(), preprocess, device, checkpoint.sha256)
+
+    @property
+    def provider(self) -> str:
+        return self.device.type
+
+    @torch.inference_mode()
+    def embed(self, images: Images) -> Embeddings:
+        """(N, H, W, 3) uint8 -> (N, dim) float32."""
+        self.model.eval()
+        inputs = self._normalise(torch.from_numpy(images).to(self.device))
+        embeddings: Embeddings = self.model.backbone(inputs).cpu().numpy()
+        return embeddings
+
+    @torch.inference_mode()
+    def score(self, left: Embeddings, right: Embeddings) -> Scores:
+        """(P, dim), (P, dim) -> (P,) float32 in [0, 1]; either side may be (1, dim)."""
+        self.model.eval()
+        product = torch.from_numpy(left).to(self.device) * torch.from_numpy(right).to(self.device)
+        scores: Scores = self.model.cls_head(product)[:, 0].cpu().numpy()
+        return scores
+
+
+def choose_device(asked: str) -> torch.device:
+    """torch.device for "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        UsageError: none of these.
+        EnvironmentFault: CUDA was named and PyTorch has none, or not this one.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise UsageError(f"--device {asked!r}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {asked!r}: expected auto, cpu, cuda or cuda:N")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        raise EnvironmentFault(
+            f"--device {asked}: PyTorch {torch.__version__} sees {n_gpus} CUDA devices; use --device cpu"
+        )
+    return device

@@ -17,7 +17,7 @@ from siamese_deploy.durable_files import folder_published_as
 from siamese_deploy.errors import UsageError
 
 SIZE_PIXELS = 96
-_SUPERSAMPLING = 3
+_SUPERSAMPLING = 2
 _CURVE_POINTS = 24
 _SYLLABLES = ("ka", "lo", "mi", "ru", "te", "va", "so", "ni", "pe", "du", "zi", "fo", "ga", "he", "bu", "ya")
 
@@ -56,9 +56,9 @@ def _name(character: int) -> str:
 
 
 def _strokes(random: np.random.RandomState) -> Strokes:
-    """Three or four curves; each starts where an earlier one ended, or anew, so that characters hang together."""
+    """Two to four curves; each starts where an earlier one ended, or anew, so that characters hang together."""
     strokes: Strokes = []
-    for _ in range(random.randint(3, 5)):
+    for _ in range(random.randint(2, 5)):
         start = strokes[-1][2] if strokes and random.random_sample() < 0.5 else random.uniform(0.1, 0.9, 2)
         end = random.uniform(0.1, 0.9, 2)
         while np.linalg.norm(end - start) < 0.35:  # no dots
@@ -70,18 +70,18 @@ def _strokes(random: np.random.RandomState) -> Strokes:
 
 def _draw(strokes: Strokes, random: np.random.RandomState) -> Image.Image:
     side = SIZE_PIXELS * _SUPERSAMPLING
-    paper = random.randint(200, 256, 3)
-    ink = random.randint(0, 110, 3)
+    paper = random.randint(225, 256, 3)
+    ink = random.randint(0, 90, 3)
     canvas = Image.new("RGB", (side, side), tuple(int(c) for c in paper))
     draw = ImageDraw.Draw(canvas)
-    angle, slant = random.uniform(-0.2, 0.2), random.uniform(-0.2, 0.2)
+    angle, slant = random.uniform(-0.1, 0.1), random.uniform(-0.1, 0.1)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    change = rotation @ np.array([[1.0, slant], [0.0, 1.0]]) * random.uniform(0.7, 0.95)
-    middle = 0.5 + random.uniform(-0.06, 0.06, 2)
-    pen = random.uniform(0.025, 0.06) * side
+    change = rotation @ np.array([[1.0, slant], [0.0, 1.0]]) * random.uniform(0.85, 1.0)
+    middle = 0.5 + random.uniform(-0.04, 0.04, 2)
+    pen = random.uniform(0.06, 0.1) * side
     t = np.linspace(0, 1, _CURVE_POINTS)[:, None]
     for stroke in strokes:
-        start, control, end = stroke + random.normal(0, 0.025, stroke.shape)
+        start, control, end = stroke + random.normal(0, 0.015, stroke.shape)
         curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * control + t**2 * end
         points = ((curve - 0.5) @ change.T + middle) * side
         draw.line([(float(x), float(y)) for x, y in points], tuple(int(c) for c in ink), round(pen), joint="curve")

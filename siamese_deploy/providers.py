@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -60,7 +60,7 @@ def choose_provider(asked: str) -> tuple[str, str]:
     if asked != "auto":
         return asked, ""
     missing = _why_unavailable("cuda")
-    return ("cpu", f"cuda passed over: {missing}") if missing else ("cuda", "")
+    return ("cpu", f"cuda passed over: {missing[0]}") if missing else ("cuda", "")
 
 
 def open_session(graph: bytes, name: str, provider: str, threads: int | None = None) -> Any:
@@ -76,7 +76,7 @@ def open_session(graph: bytes, name: str, provider: str, threads: int | None = N
     """
     ort = import_onnxruntime()
     if ORT_NAMES[provider] not in ort.get_available_providers():
-        raise ProviderError(f"provider {provider}: {_why_unavailable(provider)}")
+        raise ProviderError(_refusal(provider))
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Explicit, because ONNX Runtime otherwise pins threads to cores that may be offline (Jetson power modes).
@@ -87,13 +87,12 @@ def open_session(graph: bytes, name: str, provider: str, threads: int | None = N
                 graph, options, providers=[(ORT_NAMES[provider], _OPTIONS[provider])], enable_fallback=0
             )
         except Exception as error:  # ONNX Runtime raises its own kinds, RuntimeError and UnicodeDecodeError
-            if provider != "cpu" and (reason := _why_unavailable(provider)):
-                raise ProviderError(f"provider {provider}: {reason}") from error
+            if provider != "cpu" and _why_unavailable(provider):
+                raise ProviderError(_refusal(provider)) from error
             kind = ProviderError if provider != "cpu" else BundleError
             raise kind(f"{name}: ONNX Runtime {ort.__version__} refuses it on {provider}: {_line(error)}") from error
     if session.get_providers()[0] != ORT_NAMES[provider]:
-        reason = _why_unavailable(provider) or f"ONNX Runtime {ort.__version__} started {session.get_providers()[0]}"
-        raise ProviderError(f"provider {provider}: {reason}")
+        raise ProviderError(_refusal(provider))
     return session
 
 
@@ -102,19 +101,26 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _why_unavailable(provider: str) -> str:
-    """What keeps a GPU provider from starting, in words with the remedy; "" where nothing is known to be missing."""
+def _refusal(provider: str) -> str:
+    reason, remedy = _why_unavailable(provider) or (
+        f"ONNX Runtime {import_onnxruntime().__version__} does not start it and does not say why",
+        "compare its CUDA, cuDNN and TensorRT versions with the installed ones",
+    )
+    return f"provider {provider}: {reason}; {remedy}"
+
+
+def _why_unavailable(provider: str) -> tuple[str, str] | None:
+    """What keeps a GPU provider from starting, and the remedy; None where nothing is known to be missing."""
     ort = import_onnxruntime()
     if ORT_NAMES[provider] not in ort.get_available_providers():
         return (
-            f"{ORT_NAMES[provider]} is not in the installed ONNX Runtime {ort.__version__} (it has "
-            f"{', '.join(ort.get_available_providers())}); run: pip uninstall onnxruntime && pip install "
-            "'siamese-toolkit[gpu]' (on a Jetson see docs/jetson.md)"
+            f"the installed ONNX Runtime {ort.__version__} has no {ORT_NAMES[provider]}",
+            "run: pip uninstall onnxruntime && pip install 'siamese-toolkit[gpu]' (on a Jetson see docs/jetson.md)",
         )
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return "libcuda.so.1 is missing, so there is no NVIDIA driver on this machine; install the driver or use cpu"
+        return "libcuda.so.1 is missing: no NVIDIA driver on this machine", "install the driver, or use --provider cpu"
     with _quiet(ort):
         preload_dlls = getattr(ort, "preload_dlls", None)  # from 1.21 on: finds CUDA and cuDNN in pip packages
         if preload_dlls is not None:
@@ -125,8 +131,8 @@ def _why_unavailable(provider: str) -> str:
         ctypes.CDLL(str(capi / _LIBRARY[provider]))
     except OSError as error:
         if "cannot open shared object file" in str(error) and _LIBRARY[provider] not in str(error).partition(":")[0]:
-            return f"{_line(error)}; install the CUDA, cuDNN or TensorRT that ONNX Runtime {ort.__version__} needs"
-    return ""
+            return _line(error), f"install the CUDA, cuDNN or TensorRT that ONNX Runtime {ort.__version__} needs"
+    return None
 
 
 @contextlib.contextmanager
@@ -134,7 +140,7 @@ def _quiet(ort: ModuleType) -> Iterator[None]:
     """ONNX Runtime's chatter off stdout (it uses print) and off stderr (its native log); our error says it instead."""
     ort.set_default_logger_severity(4)
     try:
-        with contextlib.redirect_stdout(sys.stderr if os.environ.get("SIAMESE_DEBUG") else open(os.devnull, "w")):
+        with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         ort.set_default_logger_severity(2)

@@ -44,6 +44,7 @@ class OnnxVerifier:
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
         self.provider, self.provider_note = choose_provider(provider)
+        """Where it runs, and what "auto" passed over ("" if nothing)."""
         self._backbone = open_session(self.bundle.backbone, "backbone.onnx", self.provider, threads)
         self._head = open_session(self.bundle.head, "head.onnx", self.provider, threads)
         self._check_signatures()

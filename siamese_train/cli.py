@@ -57,6 +57,8 @@ def train_eval_main(val_path: Path, out_path: Path, checkpoint: Path, seed: int,
         with needs_extra("train"):
             from siamese_train.checkpoint import read_checkpoint
             from siamese_train.torch_verifier import TorchVerifier, choose_device
-        return TorchVerifier.from_checkpoint(read_checkpoint(checkpoint), choose_device(device))
+        verifier = TorchVerifier.from_checkpoint(read_checkpoint(checkpoint), choose_device(device))
+        click.echo(f"provider: {verifier.provider} (pytorch)")
+        return verifier
 
     evaluate_into(open_verifier, val_path, out_path, seed)

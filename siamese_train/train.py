@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> Path:
     model.to(device)
     normalise = InputNormalisation().to(device)
     verifier = TorchVerifier(model, preprocess, device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     criterion = nn.BCELoss()
 
     data = {

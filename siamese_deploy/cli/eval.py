@@ -33,8 +33,8 @@ def main(val_path: Path, out_path: Path, bundle: Path, provider: str, seed: int)
         from siamese_deploy.runtime import OnnxVerifier
 
         verifier = OnnxVerifier(bundle, provider=provider)
-        if verifier.provider_note:
-            click.echo(one_line(verifier.provider_note), err=True)
+        note = f"; {verifier.provider_note}" if verifier.provider_note else ""
+        click.echo(one_line(f"provider: {verifier.provider} (onnxruntime{note})"))
         return verifier
 
     evaluate_into(open_verifier, val_path, out_path, seed)
@@ -49,7 +49,6 @@ def evaluate_into(open_verifier: Callable[[], Verifier], val_path: Path, out_pat
     show_progress = sys.stderr.isatty()
     with result_folder(out_path) as staging:
         verifier = open_verifier()
-        click.echo(f"provider: {verifier.provider} ({verifier.backend})")
         evaluation = evaluate_folder(verifier, val_path, seed=seed, show_progress=show_progress)
         write_report(staging, evaluation, verifier, seed=seed, show_progress=show_progress)
     metrics = evaluation.metrics

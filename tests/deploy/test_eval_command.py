@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import RunCommand, assert_refused
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_bundle import make_bundle
+
+from siamese_deploy import OnnxVerifier, evaluate_folder
+from siamese_deploy.cli import main as siamese
+from siamese_deploy.cli.eval import main as siamese_eval
+from siamese_deploy.report import shortest_float32
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_writes_metrics_pairs_and_a_picture_for_each(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "deep" / "out"
+    result = run(siamese_eval, "-v", pictures, "-o", out, "-c", tiny_bundle, "--provider", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "provider: cpu (onnxruntime)\n" in result.stdout
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["pair_digest"] in result.stdout
+    assert (metrics["pairs"], metrics["backend"], metrics["provider"]) == (16, "onnxruntime", "cpu")
+
+    with open(out / "pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["left", "right", "is_same", "score"]
+    verifier = OnnxVerifier(tiny_bundle, provider="cpu")
+    evaluation = evaluate_folder(verifier, pictures)
+    for k, row in enumerate(rows):
+        assert row["left"] == evaluation.folder.paths[evaluation.pairs.left[k]]
+        assert row["is_same"] == str(int(row["left"].split("/")[0] == row["right"].split("/")[0]))
+        assert np.float32(row["score"]) == evaluation.scores[k]
+        assert float(row["score"]) == pytest.approx(verifier.compare(pictures / row["left"], pictures / row["right"]))
+    right = [(float(row["score"]) >= 0.5) == (row["is_same"] == "1") for row in rows]
+    assert metrics["accuracy"] == pytest.approx(np.mean(right))
+
+    assert sorted(file.name for file in out.glob("*.png")) == sorted(f"{k}.png" for k in range(16))
+    for k, row in enumerate(rows):
+        picture = np.asarray(Image.open(out / f"{k}.png"))
+        framed_right = picture[0, 0].tolist() == [0, 114, 178]
+        assert framed_right == right[k]
+        # the left picture's own pixels are in the left half, in colour
+        paper = np.asarray(Image.open(pictures / row["left"]))[1, 1].astype(int)
+        assert np.abs(picture[40:60, 30:50].astype(int) - paper).max(axis=2).min() < 30
+
+
+def test_twice_gives_the_same_bytes_and_seeds_differ(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        arguments = ("-v", pictures, "-o", tmp_path / name, "-c", tiny_bundle, "--provider", "cpu", "--seed", seed)
+        assert run(siamese, "eval", *arguments).exit_code == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert contents(tmp_path / "a")["pairs.csv"] != contents(tmp_path / "c")["pairs.csv"]
+
+
+def test_again_replaces_its_own_files_and_nothing_else(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    arguments = ("-v", pictures, "-o", out, "-c", tiny_bundle)
+    assert run(siamese_eval, *arguments).exit_code == 0
+    (pictures / "door/3.png").unlink()
+    assert run(siamese_eval, *arguments).exit_code == 0
+    assert not (out / "15.png").exists()
+    assert len(list(out.glob("*.png"))) == 15
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "15.png").write_text("a picture of the user's own")
+    before = contents(out)
+    assert_refused(run(siamese_eval, *arguments), 2, "15.png", "choose another folder")
+    assert contents(out) == before
+
+
+def test_results_of_other_programs_are_not_overwritten(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "0.png").write_text("the reference scripts wrote this")
+    result = run(siamese_eval, "-v", pictures, "-o", tmp_path, "-c", tiny_bundle)
+    assert_refused(result, 2, "0.png", "choose another folder")
+    (tmp_path / "file").touch()
+    assert_refused(run(siamese_eval, "-v", pictures, "-o", tmp_path / "file", "-c", tiny_bundle), 2, "is a file")
+    # a record that was tampered with gives no right to delete
+    (tmp_path / "0.png").unlink()
+    (tmp_path / ".siamese-evaluation").write_text("notes.txt\n../file\n")
+    (tmp_path / "notes.txt").touch()
+    assert run(siamese_eval, "-v", pictures, "-o", tmp_path, "-c", tiny_bundle).exit_code == 0
+    assert (tmp_path / "notes.txt").exists()
+    assert (tmp_path / "file").exists()
+
+
+def test_a_failed_evaluation_leaves_the_earlier_one(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert run(siamese_eval, "-v", pictures, "-o", out, "-c", tiny_bundle).exit_code == 0
+    before = contents(out)
+    assert_refused(run(siamese_eval, "-v", tmp_path / "no", "-o", out, "-c", tiny_bundle), 3, "no such folder")
+    assert_refused(run(siamese_eval, "-v", pictures, "-o", out, "-c", tmp_path / "no"), 3, "no such bundle")
+    assert contents(out) == before
+
+
+def test_unreadable_pictures_are_skipped_and_listed(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    good = (pictures / "bolt/1.png").read_bytes()
+    (pictures / "bolt/1.png").write_bytes(good[: len(good) // 2])
+    (pictures / "cog/2.png").write_text("<html>not found</html>")
+    result = run(siamese_eval, "-v", pictures, "-o", tmp_path / "out", "-c", tiny_bundle)
+    assert result.exit_code == 0
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["pairs"] + metrics["pairs_skipped"] == 16
+    assert metrics["pairs_skipped"] >= 2
+    assert len(list((tmp_path / "out").glob("*.png"))) == metrics["pairs"]
+    with open(tmp_path / "out/skipped.csv", newline="") as file:
+        reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    assert set(reasons) == {"bolt/1.png", "cog/2.png"}
+    assert "truncated" in reasons["bolt/1.png"]
+    assert "HTML" in reasons["cog/2.png"]
+    assert "skipped 2 files" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("prepare", "exit_code", "words"),
+    [
+        ("rm -r apple bolt cog", 3, "one class only"),
+        ("rm */1.png */2.png */3.png", 3, "one picture only"),
+        ("rm -r *", 3, "no pictures"),
+        ("mv */0.png . ; rm -r */", 3, "directly in the folder"),
+        ("for f in */*.png; do echo x > $f; done", 3, "none of 16 pictures can be read"),
+    ],
+)
+def test_folders_that_cannot_be_evaluated(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path, prepare: str, exit_code: int, words: str
+) -> None:
+    subprocess.run(["bash", "-c", prepare], cwd=pictures, check=False, capture_output=True)
+    result = run(siamese_eval, "-v", pictures, "-o", tmp_path / "out", "-c", tiny_bundle)
+    assert_refused(result, exit_code, words)
+    assert contents(tmp_path / "out") == {}
+
+
+def test_hostile_names_stay_data(run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    # a new line, a terminal escape, a comma and a byte that is not UTF-8
+    name = os.fsdecode(b'a\n\x1b[31m,"\xff')
+    (pictures / "apple").rename(pictures / name)
+    (pictures / name / "broken\x1b.png").write_text("x")
+    result = run(siamese_eval, "-v", pictures, "-o", tmp_path / "out", "-c", tiny_bundle)
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    with open(tmp_path / "out/pairs.csv", newline="", errors="surrogateescape") as file:
+        assert sum(row["left"].startswith(f"{name}/") for row in csv.DictReader(file)) >= 3
+
+
+def test_damaged_bundle_and_checkpoint_as_bundle(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    make_bundle().write(tmp_path / "bundle")
+    graph = bytearray((tmp_path / "bundle/head.onnx").read_bytes())
+    graph[len(graph) // 2] ^= 1
+    (tmp_path / "bundle/head.onnx").write_bytes(graph)
+    out = tmp_path / "out"
+    assert_refused(run(siamese_eval, "-v", pictures, "-o", out, "-c", tmp_path / "bundle"), 4, "head.onnx: damaged")
+    (tmp_path / "best.pth").write_bytes(b"PK")
+    assert_refused(run(siamese_eval, "-v", pictures, "-o", out, "-c", tmp_path / "best.pth"), 4, "siamese-train-eval")
+
+
+def test_a_provider_that_cannot_run_is_exit_5(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    result = run(siamese_eval, "-v", pictures, "-o", tmp_path / "out", "-c", tiny_bundle, "--provider", "tensorrt")
+    assert_refused(result, 5, "provider tensorrt: ")
+
+
+def test_options_are_checked_and_spelled_both_ways(run: RunCommand, pictures: Path, tiny_bundle: Path) -> None:
+    assert run(siamese_eval, "--help").exit_code == 0
+    assert_refused(run(siamese_eval, "--val-path", pictures), 2, "out_path")
+    arguments = ("--val-path", pictures, "--out-path", pictures.parent / "out", "-c", tiny_bundle)
+    assert_refused(run(siamese_eval, *arguments, "--provider", "gpu"), 2, "'gpu' is not one of")
+    assert_refused(run(siamese_eval, *arguments, "--seed", "-1"), 2, "-1 is not in the range")
+    assert run(siamese_eval, *arguments).exit_code == 0
+
+
+def test_missing_onnxruntime_names_the_command_to_install_it(pictures: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['onnxruntime'] = None; from siamese_deploy.cli.eval import main; main()"
+    command = [sys.executable, "-c", code, "-v", pictures, "-o", tmp_path / "out", "-c", tiny_bundle]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 5
+    assert "pip install 'siamese-toolkit[cpu]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_leaves_the_folder_as_it_was(
+    pictures: Path, tiny_bundle: Path, tmp_path: Path, number: signal.Signals, exit_code: int
+) -> None:
+    for k in range(3000):  # enough to be met at work
+        (pictures / f"apple/more{k}.png").symlink_to(pictures / "apple/0.png")
+    out = tmp_path / "out"
+    command = ["siamese-eval", "-v", pictures, "-o", out, "-c", tiny_bundle]
+    child = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(out.glob(".siamese-staging-*/*.png")):  # it has begun to draw
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(number)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == exit_code
+    assert "Traceback" not in stderr
+    assert contents(out) == {}
+
+
+@given(st.floats(0, 1, width=32))
+def test_scores_are_written_so_that_the_float32_comes_back(value: float) -> None:
+    text = shortest_float32(np.float32(value))
+    assert np.float32(text) == np.float32(value)
+    assert float(text) == float(repr(float(text)))

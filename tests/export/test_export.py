@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import RunCommand, assert_refused
+from networks import SMALL, own_checkpoint, random_network, reference_checkpoint
+from onnx import numpy_helper
+
+from siamese_deploy import OnnxVerifier, read_bundle
+from siamese_deploy.errors import ParityError
+from siamese_export import export as export_module
+from siamese_export.cli import main as export_main
+from siamese_export.export import export_checkpoint
+from siamese_export.graphs import backbone_graph, head_graph
+from siamese_train.checkpoint import read_checkpoint
+from siamese_train.torch_verifier import TorchVerifier
+
+SHAPE_ARITHMETIC = {"Shape", "Range", "Gather", "Slice", "Expand", "ConstantOfShape", "Where", "Unsqueeze", "Squeeze"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return own_checkpoint(tmp_path_factory.mktemp("checkpoint") / "best.pth", random_network(), *SMALL)
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "bundle"
+    export_checkpoint(checkpoint, path)
+    return path
+
+
+def test_graphs_have_the_contracts_names_types_and_sizes(bundle: Path) -> None:
+    described = {}
+    for name in ("backbone.onnx", "head.onnx"):
+        model = onnx.load(bundle / name)
+        assert model.ir_version <= 10
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
+        assert not any(item.data_location for item in model.graph.initializer)
+        for value in (*model.graph.input, *model.graph.output):
+            tensor = value.type.tensor_type
+            sizes = [size.dim_param or size.dim_value for size in tensor.shape.dim]
+            described[value.name] = (onnx.TensorProto.DataType.Name(tensor.elem_type), sizes)
+    assert described == {
+        "images": ("UINT8", ["N", 64, 64, 3]),
+        "embeddings": ("FLOAT", ["N", 1000]),
+        "left": ("FLOAT", ["P_left", 1000]),
+        "right": ("FLOAT", ["P_right", 1000]),
+        "scores": ("FLOAT", ["P", 1]),
+    }
+
+
+def test_preprocessing_is_cast_transpose_mul_add_and_nothing_needs_shape_arithmetic(bundle: Path) -> None:
+    operators = [node.op_type for node in onnx.load(bundle / "backbone.onnx").graph.node]
+    assert operators[:4] == ["Cast", "Transpose", "Mul", "Add"]
+    assert not SHAPE_ARITHMETIC & set(operators)
+    head = {node.op_type for node in onnx.load(bundle / "head.onnx").graph.node}
+    assert not (SHAPE_ARITHMETIC | {"Dropout"}) & head
+
+
+def test_files_tell_nothing_of_the_machine(bundle: Path) -> None:
+    for name in ("backbone.onnx", "head.onnx"):
+        text = (bundle / name).read_bytes()
+        for secret in (os.getcwd(), sys.prefix, os.path.dirname(torch.__file__), "site-packages", "/home/", ".py"):
+            assert secret.encode() not in text
+
+
+def test_same_checkpoint_same_graphs_same_digest(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    again = export_checkpoint(checkpoint, tmp_path / "again").bundle
+    first = read_bundle(bundle)
+    assert (again.backbone, again.head, again.digest) == (first.backbone, first.head, first.digest)
+
+
+def test_training_state_of_the_network_does_not_matter() -> None:
+    network = random_network()
+    expected = backbone_graph(network, (64, 64)), head_graph(network)
+    network.train()
+    assert (backbone_graph(network, (64, 64)), head_graph(network)) == expected
+
+
+def test_manifest_says_what_was_proven_and_where_it_came_from(bundle: Path, checkpoint: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert (manifest["backbone"], manifest["embedding_dim"], manifest["precision"]) == (SMALL[0], 1000, "fp32")
+    assert manifest["threshold"]["value"] == 0.5
+    assert manifest["threshold"]["origin"].startswith("default")
+    assert manifest["batch"] == {"min": 1, "opt": 16, "max": 64}
+    about = manifest["about"]
+    assert about["checkpoint"]["sha256"] == read_checkpoint(checkpoint).sha256
+    assert about["training"] == {"data": {"train_images": 16}, "metrics": {"val_loss": 0.5}}
+    assert about["parity"]["batch_sizes"] == [1, 2, 3, 17]
+    assert about["parity"]["source"] == "drawn characters"
+    assert 0 < about["parity"]["end_to_end_score_difference"] <= 1e-4
+    assert about["tools"]["torch"] == torch.__version__
+
+
+def test_scores_of_different_pairs_differ(bundle: Path) -> None:
+    """Otherwise a parity of scores would prove little."""
+    verifier = OnnxVerifier(bundle, provider="cpu")
+    images = np.random.RandomState(0).randint(0, 256, (12, 64, 64, 3)).astype(np.uint8)
+    images[:6] //= 3
+    embeddings = verifier.embed(images)
+    assert np.ptp(verifier.score(embeddings, np.roll(embeddings, 1, axis=0))) > 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backbone", "size"), [("resnet18", 224), ("mobilenet_v3_small", 224), ("efficientnet_b0", 96), SMALL]
+)
+def test_networks_export_and_answer_alike(
+    run: RunCommand, pictures: Path, tmp_path: Path, backbone: str, size: int
+) -> None:
+    path = own_checkpoint(tmp_path / "best.pth", random_network(backbone, size), backbone, size)
+    result = run(export_main, "--checkpoint", path, "-o", tmp_path / "bundle", "--val_path", pictures)
+    assert result.exit_code == 0, result.output
+    exported = OnnxVerifier(tmp_path / "bundle", provider="cpu")
+    trained = TorchVerifier.from_checkpoint(read_checkpoint(path), torch.device("cpu"))
+    images = np.random.RandomState(1).randint(0, 256, (17, size, size, 3)).astype(np.uint8)
+    for n in (1, 2, 3, 17):
+        ours, theirs = exported.embed(images[:n]), trained.embed(images[:n])
+        assert np.abs(exported.score(ours, ours[::-1]) - trained.score(theirs, theirs[::-1])).max() <= 1e-4
+    operators = {node.op_type for node in onnx.load(tmp_path / "bundle/backbone.onnx").graph.node}
+    assert not SHAPE_ARITHMETIC & operators
+
+
+def change_one_bias(graph: bytes) -> bytes:
+    model = onnx.load_from_string(graph)
+    bias = next(item for item in model.graph.initializer if item.dims == [64] or item.dims == [512])
+    values = numpy_helper.to_array(bias).copy()
+    values[:] += 0.05
+    bias.CopyFrom(numpy_helper.from_array(values, bias.name))
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize(("graph", "words"), [("backbone_graph", "backbone: relative"), ("head_graph", "head: score")])
+def test_a_sabotaged_graph_closes_the_gate(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str, words: str
+) -> None:
+    build = getattr(export_module, graph)
+    monkeypatch.setattr(export_module, graph, lambda *arguments: change_one_bias(build(*arguments)))
+    # the golden check, which is coarser, must not be what stops it
+    monkeypatch.setattr("siamese_deploy.runtime.GOLDEN_MAX_RELATIVE_ERROR", 10.0)
+    monkeypatch.setattr("siamese_deploy.runtime.GOLDEN_MAX_SCORE_DIFFERENCE", 1.0)
+    with pytest.raises(ParityError, match=words):
+        export_checkpoint(checkpoint, tmp_path / "bundle")
+    assert os.listdir(tmp_path) == []
+
+
+def test_nan_is_no_parity(checkpoint: Path, bundle: Path) -> None:
+    from siamese_export.parity import Parity, require_parity
+
+    good = Parity(1, "test", 0.0, 0.0, 0.0)
+    require_parity(good)
+    for field in ("relative_embedding_error", "head_score_difference", "end_to_end_score_difference"):
+        with pytest.raises(ParityError):
+            require_parity(replace(good, **{field: float("nan")}))
+
+
+def test_a_checkpoint_of_the_reference_scripts_exports_at_224(run: RunCommand, tmp_path: Path) -> None:
+    path = reference_checkpoint(tmp_path / "best.pth", random_network(SMALL[0], 224), SMALL[0])
+    result = run(export_main, "-c", path, "-o", tmp_path / "bundle")
+    assert result.exit_code == 0, result.output
+    assert read_bundle(tmp_path / "bundle").manifest.preprocess.size_hw == (224, 224)
+
+
+def test_small_and_partly_unreadable_parity_folders(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    (pictures / "apple/0.png").write_text("no picture")
+    parity = export_checkpoint(checkpoint, tmp_path / "bundle", pictures).parity
+    assert parity.source == "15 of pictures"
+    assert parity.pictures >= 17
+
+
+def test_refusals(run: RunCommand, checkpoint: Path, bundle: Path, pictures: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    assert_refused(run(export_main, "-c", checkpoint, "-o", bundle), 2, "exists already")
+    assert_refused(run(export_main, "-c", checkpoint, "-o", tmp_path / "a/b"), 2, "parent folder does not exist")
+    assert_refused(run(export_main, "-c", tmp_path / "absent", "-o", new), 3, "no such checkpoint")
+    assert_refused(run(export_main, "-c", bundle, "-o", new), 4, "siamese-eval")
+    assert_refused(run(export_main, "-c", checkpoint, "-o", new, "--val_path", tmp_path / "absent"), 3, "no such folder")
+    data = checkpoint.read_bytes()
+    (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
+    assert_refused(run(export_main, "-c", tmp_path / "cut.pth", "-o", new), 4, "damaged")
+    for file in pictures.rglob("*.png"):
+        file.write_text("no picture")
+    assert_refused(run(export_main, "-c", checkpoint, "-o", new, "--val_path", pictures), 3, "can be read")
+    assert not new.exists()
+
+
+@pytest.mark.parametrize("absent", ["torch", "onnx", "onnxscript", "onnxruntime"])
+def test_missing_parts_name_the_command_to_install_them(tmp_path: Path, absent: str) -> None:
+    code = f"import sys; sys.modules[{absent!r}] = None; from siamese_export.cli import main; main()"
+    command = [sys.executable, "-c", code, "-c", "best.pth", "-o", str(tmp_path / "bundle")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 5
+    assert done.stderr.strip().endswith(f"{absent} is not installed; run: pip install 'siamese-toolkit[export,cpu]'")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from networks import SMALL, random_network
+from torchvision import transforms
+
+from siamese_deploy.errors import CheckpointError, EnvironmentFault, UsageError
+from siamese_train.model import (
+    InputNormalisation,
+    SiameseNetwork,
+    build_backbone,
+    classification_backbones,
+    embedding_width,
+    load_initial_weights,
+)
+
+HEAD_SHAPES = {
+    "cls_head.1.weight": (512, 1000),
+    "cls_head.1.bias": (512,),
+    "cls_head.2.weight": (512,),
+    "cls_head.2.bias": (512,),
+    "cls_head.2.running_mean": (512,),
+    "cls_head.2.running_var": (512,),
+    "cls_head.2.num_batches_tracked": (),
+    "cls_head.5.weight": (64, 512),
+    "cls_head.5.bias": (64,),
+    "cls_head.6.weight": (64,),
+    "cls_head.6.bias": (64,),
+    "cls_head.6.running_mean": (64,),
+    "cls_head.6.running_var": (64,),
+    "cls_head.6.num_batches_tracked": (),
+    "cls_head.9.weight": (1, 64),
+    "cls_head.9.bias": (1,),
+}
+
+
+class ReferenceForm(torch.nn.Module):
+    """The form DESIGN gives for the public reference scripts' network: what their file must load into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = torchvision.models.resnet18(weights=None)
+        layers: list[tuple[int, torch.nn.Module]] = [
+            (0, torch.nn.Dropout(0.5)), (1, torch.nn.Linear(1000, 512)), (2, torch.nn.BatchNorm1d(512)),
+            (3, torch.nn.ReLU()), (4, torch.nn.Dropout(0.5)), (5, torch.nn.Linear(512, 64)),
+            (6, torch.nn.BatchNorm1d(64)), (7, torch.nn.Sigmoid()), (8, torch.nn.Dropout(0.5)),
+            (9, torch.nn.Linear(64, 1)), (10, torch.nn.Sigmoid()),
+        ]  # fmt: skip
+        self.cls_head = torch.nn.Sequential(OrderedDict((str(index), layer) for index, layer in layers))
+
+
+def test_resnet18_keys_and_shapes_never_change() -> None:
+    shapes = {key: tuple(value.shape) for key, value in SiameseNetwork("resnet18").state_dict().items()}
+    assert {key: shape for key, shape in shapes.items() if key.startswith("cls_head.")} == HEAD_SHAPES
+    assert len(shapes) == 122 + 16
+    listing = "\n".join(f"{key} {shape}" for key, shape in shapes.items())
+    assert hashlib.sha256(listing.encode()).hexdigest() == "SHAPES_DIGEST"
+
+
+def test_weights_load_both_ways_and_give_the_same_scores() -> None:
+    ours, theirs = random_network("resnet18", 64), ReferenceForm()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.eval()
+    left, right = torch.randn(3, 3, 64, 64), torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.cls_head(theirs.backbone(left) * theirs.backbone(right))
+        assert torch.equal(ours(left, right), expected)
+
+
+def test_dropout_probabilities_are_the_references() -> None:
+    dropouts = [module.p for module in SiameseNetwork().cls_head if isinstance(module, torch.nn.Dropout)]
+    assert dropouts == [0.5, 0.5, 0.5]
+
+
+def test_normalisation_is_torchvisions() -> None:
+    pixels = np.random.RandomState(0).randint(0, 256, (2, 5, 7, 3)).astype(np.uint8)
+    usual = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    )
+    expected = torch.stack([usual(image) for image in pixels])
+    assert torch.allclose(InputNormalisation()(torch.from_numpy(pixels)), expected, atol=1e-6)
+    assert InputNormalisation().state_dict() == {}
+
+
+def test_backbones_are_the_classification_networks() -> None:
+    names = classification_backbones()
+    assert {"resnet18", "mobilenet_v3_small", "efficientnet_b0", "squeezenet1_1", "vit_b_16"} <= set(names)
+    assert not {"fasterrcnn_resnet50_fpn", "raft_small", "r3d_18", "quantized_resnet18"} & set(names)
+    assert embedding_width("squeezenet1_1", 64) == 1000
+
+
+def test_googlenet_means_the_same_with_and_without_pretrained_weights() -> None:
+    assert build_backbone("googlenet").transform_input is True
+    assert build_backbone("googlenet").aux_logits is False
+
+
+def test_unknown_backbones_are_met_with_near_names() -> None:
+    with pytest.raises(UsageError, match="did you mean resnet18"):
+        SiameseNetwork("resnet-18")
+    with pytest.raises(UsageError, match="no such classification network"):
+        SiameseNetwork("fasterrcnn_resnet50_fpn")
+
+
+def test_pictures_a_backbone_cannot_take() -> None:
+    with pytest.raises(UsageError, match="vit_b_16 cannot take pictures of 64 px"):
+        SiameseNetwork("vit_b_16", 64)
+
+
+def test_pretrained_weights_offline_name_the_file_to_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    network = SiameseNetwork("squeezenet1_1", 64)
+    place = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    with pytest.raises(EnvironmentFault, match="--weights none") as error:
+        load_initial_weights(network, "squeezenet1_1", "default")
+    assert str(place) in str(error.value)
+    place.write_bytes(b"half a download")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_initial_weights(network, "squeezenet1_1", "default")
+
+
+def test_initial_weights_from_a_file_of_backbone_weights_or_a_checkpoint(tmp_path: Path) -> None:
+    source = random_network(seed=1)
+    torch.save(source.backbone.state_dict(), tmp_path / "backbone.pth")
+    torch.save({"model_state_dict": source.state_dict()}, tmp_path / "whole.pth")
+
+    network = SiameseNetwork(*SMALL)
+    head_before = network.cls_head[1].weight.clone()
+    load_initial_weights(network, SMALL[0], str(tmp_path / "backbone.pth"))
+    assert torch.equal(network.backbone.features[0].weight, source.backbone.features[0].weight)
+    assert torch.equal(network.cls_head[1].weight, head_before)
+
+    load_initial_weights(network, SMALL[0], str(tmp_path / "whole.pth"))
+    assert torch.equal(network.cls_head[1].weight, source.cls_head[1].weight)
+
+    with pytest.raises(CheckpointError, match="weights of another network: .* is missing"):
+        load_initial_weights(SiameseNetwork("mobilenet_v3_small", 64), "", str(tmp_path / "backbone.pth"))
+    with pytest.raises(UsageError, match="expected default, none or an existing file"):
+        load_initial_weights(network, SMALL[0], str(tmp_path / "absent.pth"))
+
+
+def test_weights_none_leaves_the_network_alone() -> None:
+    network = random_network()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    load_initial_weights(network, SMALL[0], "none")
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())

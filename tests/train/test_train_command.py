@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RunCommand, assert_refused
+from networks import SMALL, own_checkpoint, random_network
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from siamese_train.checkpoint import read_checkpoint
+from siamese_train.cli import train_eval_main, train_main
+
+QUICK = ("-b", "shufflenet_v2_x0_5", "--weights", "none", "--image_size", "32", "--batch_size", "4")
+
+
+def arguments(pictures: Path, out: Path, *more: object) -> tuple[object, ...]:
+    return ("--train_path", pictures, "--val_path", pictures, "-o", out, *QUICK, *more)
+
+
+def test_writes_checkpoints_and_the_references_scalars(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    result = run(train_main, *arguments(pictures, out, "-e", 4, "-s", 2, "-lr", "1e-3"))
+    assert result.exit_code == 0, result.output
+    assert "epoch 4/4" in result.stdout
+    assert "images/s" in result.stdout
+    assert sorted(file.name for file in out.iterdir()) == ["best.pth", "epoch_2.pth", "epoch_4.pth", "summary"]
+    events = EventAccumulator(str(out / "summary")).Reload()
+    scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert sorted(scalars) == ["train_acc", "train_loss", "val_acc", "val_loss"]
+    assert {len(values) for values in scalars.values()} == {4}
+    assert [event.step for event in events.Scalars("val_loss")] == [0, 1, 2, 3]
+    best = read_checkpoint(out / "best.pth")
+    assert best.training["metrics"]["val_loss"] == pytest.approx(min(scalars["val_loss"]), rel=1e-6)
+    assert best.training["config"]["learning_rate"] == 1e-3
+    assert read_checkpoint(out / "epoch_4.pth").epoch == 4
+
+    # the log's figures are those of an evaluation of the file
+    evaluated = run(train_eval_main, "-v", pictures, "-o", tmp_path / "eval", "-c", out / "best.pth", "--device", "cpu")
+    assert f"loss: {best.training['metrics']['val_loss']:.4f}" in evaluated.stdout
+
+
+def test_training_learns_and_the_same_seed_gives_the_same_weights(
+    run: RunCommand, pictures: Path, tmp_path: Path
+) -> None:
+    states = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run(train_main, *arguments(pictures, tmp_path / name, "-e", 1, "-s", 1, "--seed", seed)).exit_code == 0
+        states.append(read_checkpoint(tmp_path / name / "epoch_1.pth").model_state)
+    first, second, other = states
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not torch.equal(first["cls_head.1.weight"], other["cls_head.1.weight"])
+
+
+def test_a_folder_with_checkpoints_or_a_file_is_refused(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "epoch_25.pth").write_bytes(b"precious")
+    assert_refused(run(train_main, *arguments(pictures, out)), 2, "epoch_25.pth", "choose another folder")
+    assert (out / "epoch_25.pth").read_bytes() == b"precious"
+    assert_refused(run(train_main, *arguments(pictures, out / "epoch_25.pth")), 2, "is a file")
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "words"),
+    [
+        (("-lr", "nan"), 2, "--learning_rate: expected a number above 0 and at most 10, got nan"),
+        (("-lr", "-1"), 2, "--learning_rate"),
+        (("-e", "0"), 2, "--epochs: expected 1 to"),
+        (("-e", "2.5"), 2, "'2.5' is not a valid integer"),
+        (("-b", "resnet19"), 2, "did you mean resnet1"),
+        (("-b", "vit_b_16"), 2, "vit_b_16 cannot take pictures of 32 px"),
+        (("--weights", "absent.pth"), 2, "expected default, none or an existing file"),
+        (("--device", "tpu"), 2, "expected auto, cpu, cuda or cuda:N"),
+        (("--batch_size", "32"), 3, "16 pictures are fewer than one batch of 32"),
+        (("--train_path", "absent"), 3, "no such folder"),
+        (("--val_path", "absent"), 3, "no such folder"),
+    ],
+)
+def test_wrong_options_and_folders(
+    run: RunCommand, pictures: Path, tmp_path: Path, options: tuple[str, ...], exit_code: int, words: str
+) -> None:
+    assert_refused(run(train_main, *arguments(pictures, tmp_path / "out", *options)), exit_code, words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_a_gpu_is_exit_5(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
+    result = run(train_main, *arguments(pictures, tmp_path / "out", "--device", "cuda"))
+    assert_refused(result, 5, "sees 0 CUDA devices")
+
+
+def test_one_class_is_refused(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (pictures / "apple").rename(tmp_path / "one" / "apple")
+    for option in ("--train_path", "--val_path"):
+        result = run(train_main, *arguments(pictures, tmp_path / "out", option, tmp_path / "one"))
+        assert_refused(result, 3, "one class only")
+
+
+def test_unreadable_pictures_do_not_stop_a_run_and_are_listed(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
+    (pictures / "cog/0.png").write_text("no picture")
+    (pictures / "empty").mkdir()
+    result = run(train_main, *arguments(pictures, tmp_path / "out", "-e", 1))
+    assert result.exit_code == 0, result.output
+    assert "skipped 2 training files" in result.stderr
+    with open(tmp_path / "out/skipped.csv", newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == ["empty", "cog/0.png"]
+    for file in pictures.rglob("*.png"):
+        file.write_text("no picture")
+    assert_refused(run(train_main, *arguments(pictures, tmp_path / "b", "-e", 1)), 3, "no training pair can be read")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_good(
+    run: RunCommand, pictures: Path, tmp_path: Path
+) -> None:
+    weights = random_network()
+    with torch.no_grad():
+        weights.cls_head[1].weight[:] = 1e38
+    own_checkpoint(tmp_path / "huge.pth", weights, *SMALL)
+    options = ("-b", SMALL[0], "--image_size", SMALL[1], "--weights", tmp_path / "huge.pth", "-e", 1)
+    result = run(train_main, *arguments(pictures, tmp_path / "out", *options))
+    assert_refused(result, 4, "NaN or infinity in epoch 1", "smaller --learning_rate")
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_evaluating_what_is_no_checkpoint(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    arguments = ("-v", pictures, "-o", tmp_path / "out", "-c")
+    assert_refused(run(train_eval_main, *arguments, tiny_bundle), 4, "siamese-eval")
+    assert_refused(run(train_eval_main, *arguments, tmp_path / "absent.pth"), 3, "no such checkpoint")
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04")
+    assert_refused(run(train_eval_main, *arguments, tmp_path / "cut.pth"), 4, "damaged")
+
+
+def test_missing_torch_names_the_command_to_install_it(pictures: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from siamese_train.cli import {0}; {0}()"
+    train = [str(part) for part in arguments(pictures, tmp_path / "out")]
+    evaluate = ["-v", str(pictures), "-o", str(tmp_path / "out"), "-c", "best.pth"]
+    for main, options in (("train_main", train), ("train_eval_main", evaluate)):
+        command = [sys.executable, "-c", code.format(main), *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 5
+        assert done.stderr.strip().endswith("torch is not installed; run: pip install 'siamese-toolkit[train]'")
+        assert len(done.stderr.splitlines()) == 1
+        assert subprocess.run([*command[:3], "--help"], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_training_keeps_its_checkpoints(
+    pictures: Path, tmp_path: Path, number: signal.Signals, exit_code: int
+) -> None:
+    out = tmp_path / "out"
+    command = ["siamese-train", *arguments(pictures, out, "-e", 100_000, "-s", 1, "--workers", 1)]
+    environment = os.environ | {"PYTHONWARNINGS": "default"}
+    child = subprocess.Popen(
+        [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    deadline = time.monotonic() + 100
+    while not (out / "epoch_2.pth").exists():
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(number)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == exit_code, stderr
+    assert "Traceback" not in stderr
+    assert not list(out.glob("*.tmp")) + list(out.glob(".*.tmp"))
+    for file in out.glob("*.pth"):
+        read_checkpoint(file)

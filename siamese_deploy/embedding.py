@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import MapResult, ThreadPool
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from siamese_deploy.errors import ImageError, InputDataError, IntegrityError
 from siamese_deploy.image_folder import ImageFolder, SkippedFile
+from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.pairs import Pairs
 from siamese_deploy.preprocess import load_image
 from siamese_deploy.verifier import Embeddings, Images, Scores, Verifier
@@ -50,7 +51,10 @@ def embed_images(
     row_of_image = np.full(len(folder), -1, dtype=np.int64)
     skipped: list[SkippedFile] = []
     n_embedded = 0
-    with tqdm(total=len(images), desc="embedding", unit="image", disable=not show_progress) as progress:
+    with (
+        interrupts_held() as let_interrupts_through,
+        tqdm(total=len(images), desc="embedding", unit="image", disable=not show_progress) as progress,
+    ):
         for batch in _decoded_batches(verifier, folder, images):
             skipped += [SkippedFile(folder.paths[image], reason) for image, _, reason in batch if reason]
             readable = [(image, pixels) for image, pixels, _ in batch if pixels is not None]
@@ -64,6 +68,7 @@ def embed_images(
                 n_embedded += len(readable)
                 rows.append(vectors)
             progress.update(len(batch))
+            let_interrupts_through()
     if not rows:
         raise InputDataError(f"{folder.root}: none of {len(images)} pictures can be read ({skipped[0].reason}, ...)")
     return ImageEmbeddings(np.concatenate(rows), row_of_image, tuple(skipped))
@@ -100,16 +105,11 @@ def _decoded_batches(
             return image, None, error.reason
 
     batches = (images[i : i + BATCH_SIZE].tolist() for i in range(0, len(images), BATCH_SIZE))
-    waiting: deque[list[Future[_Decoded]]] = deque()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        try:
-            for batch in batches:
-                waiting.append([threads.submit(decode, image) for image in batch])
-                if len(waiting) > _BATCHES_AHEAD:
-                    yield [future.result() for future in waiting.popleft()]
-            while waiting:
-                yield [future.result() for future in waiting.popleft()]
-        finally:
-            for futures in waiting:
-                for future in futures:
-                    future.cancel()
+    waiting: deque[MapResult[_Decoded]] = deque()
+    with ThreadPool(min(8, os.cpu_count() or 1)) as threads:
+        for batch in batches:
+            waiting.append(threads.map_async(decode, batch, chunksize=1))
+            if len(waiting) > _BATCHES_AHEAD:
+                yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()

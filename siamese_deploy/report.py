@@ -7,9 +7,9 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib import metadata
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from siamese_deploy.errors import ImageError
 from siamese_deploy.evaluate import Evaluation
 from siamese_deploy.image_folder import SkippedFile
+from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.pair_picture import image_tile, pair_picture
 from siamese_deploy.verifier import Verifier
 
@@ -115,11 +116,7 @@ def _write_pictures(staging: Path, evaluation: Evaluation, show_progress: bool) 
         )
         picture.save(staging / f"{pair}.png", compress_level=1)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        try:
-            drawn = threads.map(draw, range(len(pairs)))
-            for _ in tqdm(drawn, total=len(pairs), desc="drawing", unit="pair", disable=not show_progress):
-                pass
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
+    with interrupts_held() as let_interrupts_through, ThreadPool(min(8, os.cpu_count() or 1)) as threads:
+        drawn = threads.imap_unordered(draw, range(len(pairs)))
+        for _ in tqdm(drawn, total=len(pairs), desc="drawing", unit="pair", disable=not show_progress):
+            let_interrupts_through()

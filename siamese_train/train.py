@@ -16,6 +16,7 @@ from siamese_deploy.durable_files import locked_folder
 from siamese_deploy.errors import InputDataError, IntegrityError, UsageError
 from siamese_deploy.evaluate import evaluate_pairs
 from siamese_deploy.image_folder import SkippedFile, scan_image_folder
+from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.pairs import sample_pairs
 from siamese_deploy.preprocess import Preprocess
 from siamese_deploy.report import write_skipped
@@ -90,7 +91,11 @@ def train(config: TrainConfig) -> Path:
     skipped: dict[str, SkippedFile] = {file.path: file for file in train_folder.skipped}
     started = time.monotonic()
 
-    with locked_folder(config.out_path), SummaryWriter(str(config.out_path / "summary")) as writer:
+    with (
+        locked_folder(config.out_path),
+        SummaryWriter(str(config.out_path / "summary")) as writer,
+        interrupts_held() as let_interrupts_through,
+    ):
         _refuse_used_folder(config.out_path)  # again, now that no other run can be filling it
         for epoch in range(config.epochs):
             # learn
@@ -108,6 +113,8 @@ def train(config: TrainConfig) -> Path:
                             tensor.to(device, non_blocking=True) for tensor in (batch.left, batch.right, batch.is_same)
                         )
                         scores = model(normalise(left), normalise(right))
+                        if not bool(torch.isfinite(scores).all()):  # the loss would end a CUDA process on NaN
+                            raise IntegrityError(_not_finite("training", epoch, config))
                         loss = criterion(scores, is_same)
                         optimizer.zero_grad()
                         loss.backward()
@@ -116,14 +123,13 @@ def train(config: TrainConfig) -> Path:
                         correct += ((scores.detach() >= 0.5) == (is_same == 1)).sum()
                         n_pairs += len(is_same)
                     progress.update(2 * config.batch_size)
+                    let_interrupts_through()
             images_per_s = 2 * n_pairs / (time.monotonic() - epoch_started)
             if n_pairs == 0:
                 raise InputDataError(f"{config.train_path}: no training pair can be read; {_first_reason(skipped)}")
             train_loss, train_acc = float(loss_sum) / n_pairs, float(correct) / n_pairs
 
             # validate, with the code that evaluates a bundle
-            if not math.isfinite(train_loss):
-                raise IntegrityError(_not_finite("training", epoch, config))
             try:
                 validation = evaluate_pairs(verifier, val_folder, val_pairs).metrics
             except IntegrityError as error:

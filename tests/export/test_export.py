@@ -184,7 +184,9 @@ def test_refusals(run: RunCommand, checkpoint: Path, bundle: Path, pictures: Pat
     assert_refused(run(export_main, "-c", checkpoint, "-o", tmp_path / "a/b"), 2, "parent folder does not exist")
     assert_refused(run(export_main, "-c", tmp_path / "absent", "-o", new), 3, "no such checkpoint")
     assert_refused(run(export_main, "-c", bundle, "-o", new), 4, "siamese-eval")
-    assert_refused(run(export_main, "-c", checkpoint, "-o", new, "--val_path", tmp_path / "absent"), 3, "no such folder")
+    assert_refused(
+        run(export_main, "-c", checkpoint, "-o", new, "--val_path", tmp_path / "absent"), 3, "no such folder"
+    )
     data = checkpoint.read_bytes()
     (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
     assert_refused(run(export_main, "-c", tmp_path / "cut.pth", "-o", new), 4, "damaged")

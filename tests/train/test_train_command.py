@@ -130,9 +130,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_good(
     assert not list((tmp_path / "out").glob("*.pth"))
 
 
-def test_evaluating_what_is_no_checkpoint(
-    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_evaluating_what_is_no_checkpoint(run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     arguments = ("-v", pictures, "-o", tmp_path / "out", "-c")
     assert_refused(run(train_eval_main, *arguments, tiny_bundle), 4, "siamese-eval")
     assert_refused(run(train_eval_main, *arguments, tmp_path / "absent.pth"), 3, "no such checkpoint")

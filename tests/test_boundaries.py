@@ -1,0 +1,80 @@
+"""Which package may need what. import-linter holds the import statements; these hold what really happens."""
+
+from __future__ import annotations
+
+import ast
+import pkgutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import siamese_deploy
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "siamese_deploy").rglob("*.py"))
+ALL_SOURCES = [*SOURCES, *(ROOT / "siamese_train").rglob("*.py"), *(ROOT / "export").rglob("*.py")]
+FORBIDDEN = ("torch", "torchvision", "onnx", "onnxscript", "tensorboard", "siamese_train", "siamese_export")
+MODULES = [module.name for module in pkgutil.walk_packages(siamese_deploy.__path__, "siamese_deploy.")]
+
+
+def test_every_module_of_the_runtime_imports_where_torch_and_onnxruntime_are_blocked() -> None:
+    code = f"import sys; sys.modules.update(dict.fromkeys({(*FORBIDDEN, 'onnxruntime')!r}))\n"
+    code += "\n".join(f"import {name}" for name in MODULES)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    assert len(MODULES) > 15
+
+
+def imported(source: Path) -> set[str]:
+    """Top-level packages named by any import statement, those inside functions included."""
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_the_runtime_names_no_training_package_anywhere(source: Path) -> None:
+    assert not imported(source) & set(FORBIDDEN)
+    if source.name not in ("providers.py", "runtime.py"):
+        assert "onnxruntime" not in imported(source)
+
+
+@pytest.mark.parametrize("source", ALL_SOURCES, ids=lambda path: path.stem)
+def test_nothing_executes_a_file_it_was_given(source: Path) -> None:
+    assert not imported(source) & {"pickle", "joblib", "shelve", "marshal", "dill", "cloudpickle"}
+    for node in ast.walk(ast.parse(source.read_text("utf-8"))):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in ("eval", "exec", "compile", "torch.hub.load", "torch.hub.load_state_dict_from_url")
+            if name == "torch.load":
+                assert {"weights_only": True} == {
+                    k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg == "weights_only"
+                }
+
+
+def test_help_and_version_need_only_click() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['torch', 'onnx', 'onnxruntime', 'numpy', 'PIL', 'tqdm']))\n"
+        "from importlib import import_module\n"
+        "module, name = sys.argv.pop(1).split(':')\n"
+        "getattr(import_module(module), name)()"
+    )
+    for command in ("siamese_deploy.cli:main", "siamese_deploy.cli.eval:main", "siamese_deploy.cli.demo_data:main"):
+        for option in ("--help", "--version"):
+            subprocess.run([sys.executable, "-c", code, command, option], check=True, capture_output=True)
+
+
+def test_every_listed_subcommand_loads() -> None:
+    from siamese_deploy.cli import _COMMANDS
+    from siamese_deploy.cli import main as group
+
+    for name in _COMMANDS:
+        assert import_module(f"siamese_deploy.cli.{name}").main.help
+        assert name in group.list_commands(None)  # type: ignore[arg-type]

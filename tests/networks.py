@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from siamese_train.model import SiameseNetwork
+from siamese_deploy.demo_data import draw_character
+from siamese_train.model import InputNormalisation, SiameseNetwork
 
 SMALL = ("squeezenet1_1", 64)
 """Backbone and picture size that run and export in about a second."""
@@ -27,9 +29,14 @@ def random_network(backbone: str = SMALL[0], image_size: int = SMALL[1], seed: i
                 module.bias.normal_(0, 0.1)
             elif isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and module.bias is not None:
                 module.bias.normal_(0, 0.05)
-        # Large enough that scores of different pairs differ.
-        network.cls_head[1].weight.mul_(20)
-        network.cls_head[9].weight.mul_(20)
+        # BatchNorm learns such pictures' statistics, so that scores differ between pairs as in a trained network.
+        for module in network.modules():
+            module.training = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+        for step in range(20):
+            pictures = [draw_character(step, k).resize((image_size, image_size)) for k in range(8)]
+            images = InputNormalisation()(torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])))
+            network(images, images.flip(0))
+        network.cls_head[9].weight.mul_(4)
     return network.eval()
 
 

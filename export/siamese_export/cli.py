@@ -17,7 +17,9 @@ from siamese_deploy.errors import needs_extra
 def main(checkpoint: Path, out_path: Path, val_path: Path | None) -> None:
     """Export a checkpoint as a bundle of two ONNX graphs, after proving that they answer like PyTorch."""
     with needs_extra("export"):
-        import onnxruntime  # noqa: F401  named by the extras cpu and gpu only, so it is asked for before any work
+        # Neither is used here: onnxruntime is named by the extras cpu and gpu only, onnxscript is loaded by torch late.
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
 
         from siamese_export.export import export_checkpoint
     exported = export_checkpoint(checkpoint, out_path, val_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from siamese_deploy.errors import EnvironmentFault, UsageError
@@ -42,17 +43,19 @@ class TorchVerifier:
     def embed(self, images: Images) -> Embeddings:
         """(N, H, W, 3) uint8 -> (N, dim) float32."""
         self.model.eval()
-        inputs = self._normalise(torch.from_numpy(images).to(self.device))
-        embeddings: Embeddings = self.model.backbone(inputs).cpu().numpy()
+        embeddings: Embeddings = self.model.backbone(self._normalise(self._tensor(images))).cpu().numpy()
         return embeddings
 
     @torch.inference_mode()
     def score(self, left: Embeddings, right: Embeddings) -> Scores:
         """(P, dim), (P, dim) -> (P,) float32 in [0, 1]; either side may be (1, dim)."""
         self.model.eval()
-        product = torch.from_numpy(left).to(self.device) * torch.from_numpy(right).to(self.device)
-        scores: Scores = self.model.cls_head(product)[:, 0].cpu().numpy()
+        scores: Scores = self.model.cls_head(self._tensor(left) * self._tensor(right))[:, 0].cpu().numpy()
         return scores
+
+    def _tensor(self, array: Images | Embeddings) -> torch.Tensor:
+        # ascontiguousarray: PyTorch takes no reversed views.
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
 def choose_device(asked: str) -> torch.device:

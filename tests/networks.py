@@ -18,21 +18,20 @@ SMALL = ("squeezenet1_1", 64)
 def random_network(backbone: str = SMALL[0], image_size: int = SMALL[1], seed: int = 0) -> SiameseNetwork:
     torch.manual_seed(seed)
     network = SiameseNetwork(backbone, image_size)
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
+        for module in norms:
+            module.weight.uniform_(0.8, 1.2)
+            module.bias.normal_(0, 0.1)
         for module in network.modules():
-            if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.8, 1.2)
-                module.weight.uniform_(0.8, 1.2)
-                module.bias.normal_(0, 0.1)
-            elif isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and module.bias is not None:
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and module.bias is not None:
                 module.bias.normal_(0, 0.05)
         # BatchNorm learns such pictures' statistics, so that scores differ between pairs as in a trained network.
-        for module in network.modules():
-            module.training = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-        for step in range(20):
+        network.eval()
+        for module in norms:
+            module.train()
+            module.momentum = None  # plain mean over the steps
+        for step in range(8):
             pictures = [draw_character(step, k).resize((image_size, image_size)) for k in range(8)]
             images = InputNormalisation()(torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])))
             network(images, images.flip(0))

@@ -54,8 +54,8 @@ class TorchVerifier:
         return scores
 
     def _tensor(self, array: Images | Embeddings) -> torch.Tensor:
-        # ascontiguousarray: PyTorch takes no reversed views.
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        # A copy, because PyTorch takes no reversed views and warns of read-only ones.
+        return torch.from_numpy(np.array(array, order="C")).to(self.device)
 
 
 def choose_device(asked: str) -> torch.device:

@@ -69,7 +69,6 @@ def assert_refused(result: Result, exit_code: int, *words: str) -> None:
     """One line on stderr with these words, the exit code, and no traceback."""
     assert result.exit_code == exit_code, (result.exit_code, result.stderr, result.exception)
     lines = result.stderr.strip().splitlines()
-    if exit_code != 2 or not lines[0].startswith("Usage:"):  # click's own usage errors take three lines
-        assert len(lines) == 1, lines
+    assert len(lines) == 1, lines
     for word in words:
         assert word in result.stderr, (word, result.stderr)

@@ -50,11 +50,21 @@ class Command(click.Command):
             ),
         ]
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.UsageError as error:
+            name = error.ctx.command_path if error.ctx else info_name
+            click.echo(f"{name}: {one_line(error.format_message())} (see {name} --help)", err=True)
+            sys.exit(error.exit_code)
+
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, _terminated)
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit):
+        except click.exceptions.Exit:
             raise
         except KeyboardInterrupt:
             _fail(ctx, "interrupted", 130)
@@ -65,11 +75,9 @@ class Command(click.Command):
             _fail(ctx, str(error), error.exit_code)
         except MemoryError:
             _fail(ctx, "out of memory; use smaller pictures or batches", 5)
-        except OSError as error:
-            if error.errno not in _ENVIRONMENT_ERRNO:
-                _fail(ctx, f"internal error: {error!r}; this is a bug, please report it with --debug's output", 70)
-            _fail(ctx, f"{error.filename or 'output'}: {error.strerror}", 5)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNO:
+                _fail(ctx, f"{error.filename or 'output'}: {error.strerror}", 5)
             if type(error).__name__ == "OutOfMemoryError":  # torch's, known by name because torch may be absent
                 _fail(ctx, "out of GPU memory; use a smaller --batch_size or --image_size, or --device cpu", 5)
             _fail(ctx, f"internal error: {error!r}; this is a bug, please report it with --debug's output", 70)
@@ -90,7 +98,7 @@ def _fail(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
         import traceback
 
         traceback.print_exc()
-    click.echo(f"{ctx.info_name}: {one_line(message)}", err=True)
+    click.echo(f"{ctx.command_path}: {one_line(message)}", err=True)
     sys.exit(exit_code)
 
 

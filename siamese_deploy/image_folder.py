@@ -117,7 +117,7 @@ def _why_empty(root: Path, entries: list[os.DirEntry[str]]) -> str:
     if in_root:
         return f"{root}: {in_root} pictures lie directly in the folder; {layout}"
     folders = [e for e in entries if e.is_dir()]
-    nested = [e for e in folders if any(Path(e.path).glob("*/"))]
+    nested = [e for e in folders if any(inner.is_dir() for inner in Path(e.path).iterdir())]
     if len(folders) == len(nested) == 1:
         return f"{root}: no pictures in its sub-folders; did you mean {root}/{nested[0].name}? {layout}"
     return f"{root}: no pictures in {len(folders)} sub-folders; {layout}"

@@ -59,8 +59,8 @@ def pair_picture(
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: float) -> str:
     text = "".join(character if character.isprintable() else "?" for character in text)
-    if draw.textlength(text, font) <= room:
-        return text
-    while text and draw.textlength(text + "...", font) > room:
-        text = text[:-1]
-    return text + "..."
+    shown, kept = text, len(text)
+    while kept > 2 and draw.textlength(shown, font) > room:
+        kept -= 1  # the middle goes first: names of classes often differ in their ends
+        shown = f"{text[: (kept + 1) // 2]}...{text[-(kept // 2) :]}"
+    return shown

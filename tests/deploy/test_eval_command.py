@@ -214,7 +214,7 @@ def test_interrupted_leaves_the_folder_as_it_was(
     for k in range(3000):  # enough to be met at work
         (pictures / f"apple/more{k}.png").symlink_to(pictures / "apple/0.png")
     out = tmp_path / "out"
-    command = ["siamese-eval", "-v", pictures, "-o", out, "-c", tiny_bundle]
+    command = [Path(sys.executable).with_name("siamese-eval"), "-v", pictures, "-o", out, "-c", tiny_bundle]
     child = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not any(out.glob(".siamese-staging-*/*.png")):  # it has begun to draw

@@ -156,7 +156,10 @@ def test_interrupted_training_keeps_its_checkpoints(
     pictures: Path, tmp_path: Path, number: signal.Signals, exit_code: int
 ) -> None:
     out = tmp_path / "out"
-    command = ["siamese-train", *arguments(pictures, out, "-e", 100_000, "-s", 1, "--workers", 1)]
+    command = [
+        Path(sys.executable).with_name("siamese-train"),
+        *arguments(pictures, out, "-e", 100_000, "-s", 1, "--workers", 1),
+    ]
     environment = os.environ | {"PYTHONWARNINGS": "default"}
     child = subprocess.Popen(
         [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment

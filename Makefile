@@ -41,6 +41,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.10 -p siamese_deploy
 	$(BIN)/lint-imports
 
 deploy-test:

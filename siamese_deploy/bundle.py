@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from siamese_deploy.durable_files import folder_published_as
-from siamese_deploy.errors import BundleError, InputDataError, UsageError
+from siamese_deploy.errors import BundleError, InputDataError
 from siamese_deploy.preprocess import Preprocess
 from siamese_deploy.verifier import Embeddings
 
@@ -27,6 +28,9 @@ FORMAT = "siamese-bundle/1"
 MANIFEST, BACKBONE, HEAD = "manifest.json", "backbone.onnx", "head.onnx"
 MAX_MANIFEST_BYTES = 2**20
 MAX_GRAPH_BYTES = 2**31 - 1
+# Tensor names of the two graphs.
+IMAGES, EMBEDDINGS = "images", "embeddings"
+LEFT, RIGHT, SCORES = "left", "right", "scores"
 GOLDEN_RULE = "ramp-v1"
 
 T = TypeVar("T")
@@ -92,10 +96,8 @@ class Bundle:
         """Publish as the new folder `target`, complete or not at all.
 
         Raises:
-            UsageError: `target` exists.
+            UsageError: `target` exists, or its parent folder does not.
         """
-        if target.exists():
-            raise UsageError(f"{target}: exists already; choose another folder or remove it first")
         with folder_published_as(target) as temporary:
             (temporary / BACKBONE).write_bytes(self.backbone)
             (temporary / HEAD).write_bytes(self.head)
@@ -176,13 +178,15 @@ def _manifest_bytes(bundle: Bundle) -> bytes:
 
 
 def _read_regular(path: Path, limit_bytes: int) -> bytes:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be opened as a plain file ({error.strerror})") from error
+    # No links are followed, and a named pipe must not hang the run.
+    if path.is_symlink():
+        raise BundleError(f"{path}: is a link; expected a plain file")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > limit_bytes:
+        os.close(descriptor)
+        raise BundleError(f"{path}: expected a plain file of at most {limit_bytes:,} bytes")
     with open(descriptor, "rb") as file:
-        if not path.is_file() or os.fstat(descriptor).st_size > limit_bytes:
-            raise BundleError(f"{path}: expected a plain file of at most {limit_bytes:,} bytes")
         return file.read()
 
 
@@ -210,8 +214,10 @@ def _parse_manifest(path: Path, text: bytes) -> tuple[Manifest, dict[str, str], 
 
 def _manifest_from(value: dict[str, Any]) -> Manifest:
     pre, batch, threshold, golden = (_typed(value, key, dict) for key in ("preprocess", "batch", "threshold", "golden"))
-    height, width = (int(side) for side in _typed(pre, "size_hw", list))
-    preprocess = Preprocess((height, width))
+    size_hw = _typed(pre, "size_hw", list)
+    if len(size_hw) != 2 or not all(type(side) is int and side > 0 for side in size_hw):
+        raise ValueError(f"preprocess.size_hw: expected two positive whole numbers, got {size_hw}")
+    preprocess = Preprocess((size_hw[0], size_hw[1]))
     if pre != preprocess.to_json():
         raise ValueError(f"preprocess: expected {preprocess.to_json()}, got {pre}; use a matching version")
     if _typed(golden, "rule", str) != GOLDEN_RULE:
@@ -220,6 +226,9 @@ def _manifest_from(value: dict[str, Any]) -> Manifest:
     embedding = np.frombuffer(base64.b64decode(_typed(golden, "embedding_float32_base64", str)), dtype="<f4")
     if embedding.shape != (dim,):
         raise ValueError(f"golden embedding: expected {dim} numbers, got {embedding.size}")
+    least, best, most = (_typed(batch, key, int) for key in ("min", "opt", "max"))
+    if not 1 <= least <= best <= most:
+        raise ValueError(f"batch: expected 1 <= min <= opt <= max, got {batch}")
     operating = _typed(threshold, "value", float)
     if not 0 <= operating <= 1:
         raise ValueError(f"threshold: expected a number in [0, 1], got {operating}")
@@ -228,7 +237,7 @@ def _manifest_from(value: dict[str, Any]) -> Manifest:
         embedding_dim=dim,
         preprocess=preprocess,
         precision=_typed(value, "precision", str),
-        batch=(_typed(batch, "min", int), _typed(batch, "opt", int), _typed(batch, "max", int)),
+        batch=(least, best, most),
         threshold=operating,
         threshold_origin=_typed(threshold, "origin", str),
         golden=Golden(embedding.astype(np.float32), _typed(golden, "score", float)),

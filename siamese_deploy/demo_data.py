@@ -14,7 +14,6 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
 from siamese_deploy.durable_files import folder_published_as
-from siamese_deploy.errors import UsageError
 
 SIZE_PIXELS = 96
 _SUPERSAMPLING = 2
@@ -37,10 +36,6 @@ def write_demo_data(
     Raises:
         UsageError: `out` exists, or its parent folder does not.
     """
-    if out.exists():
-        raise UsageError(f"{out}: exists already; choose another folder or remove it first")
-    if not out.resolve().parent.is_dir():
-        raise UsageError(f"{out}: its parent folder does not exist; make it first")
     with folder_published_as(out) as temporary:
         for character in range(train_classes + val_classes):
             split = "train" if character < train_classes else "val"

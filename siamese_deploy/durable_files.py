@@ -43,14 +43,21 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 @contextmanager
 def folder_published_as(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`; it becomes `target`, which must not exist, when the block ends well."""
+    """A temporary folder beside `target`; it becomes `target` when the block ends well.
+
+    Raises:
+        UsageError: `target` exists, or its parent folder does not.
+    """
+    refuse_existing(target)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
-        for file in temporary.iterdir():
-            fsync_path(file)
-        fsync_path(temporary)
+        for folder, _, files in os.walk(temporary, topdown=False):
+            for name in files:
+                fsync_path(Path(folder, name))
+            fsync_path(Path(folder))
+        refuse_existing(target)  # again: os.rename would replace an empty folder, and fail obscurely on others
         os.rename(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -58,17 +65,28 @@ def folder_published_as(target: Path) -> Iterator[Path]:
     fsync_path(target.parent)
 
 
+def refuse_existing(target: Path) -> None:
+    """Raises:
+    UsageError: `target` exists (if only as a broken link), or its parent folder does not.
+    """
+    if os.path.lexists(target):
+        raise UsageError(f"{target}: exists already; choose another folder or remove it first")
+    if not target.absolute().parent.is_dir():
+        raise UsageError(f"{target}: its parent folder does not exist; make it first")
+
+
 @contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
     """Make the folder if it is missing and hold it alone; the lock is the kernel's and ends with the process.
 
     Raises:
-        UsageError: `path` is a file.
+        UsageError: `path` or one of its parents is a file.
         BusyError: another process holds it.
     """
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path}: is a file; expected a folder to write into")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"{path}: it or one of its parents is a file; expected a folder to write into") from error
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:

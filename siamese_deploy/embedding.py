@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from siamese_deploy.image_folder import ImageFolder, SkippedFile
 from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.pairs import Pairs
 from siamese_deploy.preprocess import load_image
+from siamese_deploy.providers import usable_cores
 from siamese_deploy.verifier import Embeddings, Images, Scores, Verifier
 
 BATCH_SIZE = 16
@@ -70,7 +70,8 @@ def embed_images(
             progress.update(len(batch))
             let_interrupts_through()
     if not rows:
-        raise InputDataError(f"{folder.root}: none of {len(images)} pictures can be read ({skipped[0].reason}, ...)")
+        reason = f" ({skipped[0].reason}, ...)" if skipped else ""
+        raise InputDataError(f"{folder.root}: none of {len(images)} pictures can be read{reason}")
     return ImageEmbeddings(np.concatenate(rows), row_of_image, tuple(skipped))
 
 
@@ -106,7 +107,7 @@ def _decoded_batches(
 
     batches = (images[i : i + BATCH_SIZE].tolist() for i in range(0, len(images), BATCH_SIZE))
     waiting: deque[MapResult[_Decoded]] = deque()
-    with ThreadPool(min(8, os.cpu_count() or 1)) as threads:
+    with ThreadPool(usable_cores()) as threads:
         for batch in batches:
             waiting.append(threads.map_async(decode, batch, chunksize=1))
             if len(waiting) > _BATCHES_AHEAD:

@@ -80,6 +80,11 @@ class BusyError(SiameseError):
     exit_code = 6
 
 
+def one_line(message: str) -> str:
+    """The message with line breaks and control characters escaped: names of files are data, also on a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in message)
+
+
 _MODULES_OF_EXTRA = {
     "cpu": ("onnxruntime",),
     "train": ("torch", "torchvision", "tensorboard"),
@@ -99,6 +104,7 @@ def needs_extra(extra: str) -> Iterator[None]:
     Raises:
         MissingExtraError: a package of `extra` ("cpu", "train" or "export") is absent, or torch and torchvision are
             builds that do not fit together.
+        EnvironmentFault: a package is installed and cannot be loaded.
     """
     try:
         yield
@@ -107,6 +113,8 @@ def needs_extra(extra: str) -> Iterator[None]:
         if package not in _MODULES_OF_EXTRA[extra]:
             raise
         raise MissingExtraError(f"{package} is not installed; run: pip install {_PIP_EXTRA[extra]}") from error
+    except ImportError as error:  # installed, but a library it needs is not: say which
+        raise EnvironmentFault(f"an installed package of {_PIP_EXTRA[extra]} cannot be loaded: {error}") from error
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise

@@ -41,9 +41,7 @@ def evaluate_folder(
     return evaluate_pairs(verifier, folder, sample_pairs(folder, seed), show_progress=show_progress)
 
 
-def evaluate_pairs(
-    verifier: Verifier, folder: ImageFolder, pairs: Pairs, *, threshold: float = 0.5, show_progress: bool = False
-) -> Evaluation:
+def evaluate_pairs(verifier: Verifier, folder: ImageFolder, pairs: Pairs, *, show_progress: bool = False) -> Evaluation:
     embeddings = embed_images(verifier, folder, pairs.unique_images(), show_progress=show_progress)
     scored = pairs.where(embeddings.has_both(pairs))
     if len(scored) == 0:
@@ -53,7 +51,7 @@ def evaluate_pairs(
         folder=folder,
         pairs=scored,
         scores=scores,
-        metrics=verification_metrics(scores, scored.is_same, threshold=threshold),
+        metrics=verification_metrics(scores, scored.is_same),
         pair_digest=scored.digest(folder),
         pairs_skipped=len(pairs) - len(scored),
         skipped=folder.skipped + embeddings.skipped,

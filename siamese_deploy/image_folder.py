@@ -44,11 +44,6 @@ class ImageFolder:
     def class_name(self, image: int) -> str:
         return self.class_names[int(self.labels[image])]
 
-    def without(self, unusable: tuple[SkippedFile, ...]) -> ImageFolder:
-        """The folder without the named pictures, which are added to `skipped`; emptied classes disappear."""
-        gone = {file.path for file in unusable}
-        return _image_folder(self.root, [path for path in self.paths if path not in gone], self.skipped + unusable)
-
 
 def scan_image_folder(root: str | os.PathLike[str]) -> ImageFolder:
     """List the pictures in root/<class>/; hidden files and files that are no pictures by name are ignored.
@@ -72,7 +67,8 @@ def scan_image_folder(root: str | os.PathLike[str]) -> ImageFolder:
     paths: list[str] = []
     skipped: list[SkippedFile] = []
     for entry in entries:
-        if not entry.is_dir():
+        # os.path, unlike DirEntry, answers False for a link in a loop or into a folder without permission.
+        if not os.path.isdir(entry.path):
             if entry.is_symlink() and not os.path.exists(entry.path):
                 skipped.append(SkippedFile(entry.name, "broken link"))
             continue
@@ -81,15 +77,16 @@ def scan_image_folder(root: str | os.PathLike[str]) -> ImageFolder:
         except OSError as error:
             skipped.append(SkippedFile(entry.name, f"folder cannot be read ({error.strerror})"))
             continue
-        pictures = [file for file in files if file.name.lower().endswith(IMAGE_EXTENSIONS)]
-        usable = [file for file in pictures if file.is_file()]
-        paths += [f"{entry.name}/{file.name}" for file in usable]
-        skipped += [
-            SkippedFile(f"{entry.name}/{file.name}", "broken link" if file.is_symlink() else "not a regular file")
-            for file in pictures
-            if not file.is_file()
-        ]
-        if not usable:
+        n_before = len(paths)
+        for file in files:
+            path = f"{entry.name}/{file.name}"
+            if not file.name.lower().endswith(IMAGE_EXTENSIONS):
+                continue
+            if os.path.isfile(file.path):
+                paths.append(path)
+            else:
+                skipped.append(SkippedFile(path, "broken link" if file.is_symlink() else "not a regular file"))
+        if len(paths) == n_before:
             skipped.append(SkippedFile(entry.name, "class folder without a picture"))
     if not paths:
         raise InputDataError(_why_empty(root, entries))
@@ -113,11 +110,11 @@ def _visible_entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def _why_empty(root: Path, entries: list[os.DirEntry[str]]) -> str:
     layout = f"expected {root}/<class>/<image> with one of {' '.join(IMAGE_EXTENSIONS)}"
-    in_root = sum(e.name.lower().endswith(IMAGE_EXTENSIONS) and e.is_file() for e in entries)
+    in_root = sum(e.name.lower().endswith(IMAGE_EXTENSIONS) and os.path.isfile(e.path) for e in entries)
     if in_root:
         return f"{root}: {in_root} pictures lie directly in the folder; {layout}"
-    folders = [e for e in entries if e.is_dir()]
-    nested = [e for e in folders if any(inner.is_dir() for inner in Path(e.path).iterdir())]
+    folders = [e for e in entries if os.path.isdir(e.path)]
+    nested = [e for e in folders if any(os.path.isdir(inner.path) for inner in _visible_entries(Path(e.path)))]
     if len(folders) == len(nested) == 1:
         return f"{root}: no pictures in its sub-folders; did you mean {root}/{nested[0].name}? {layout}"
     return f"{root}: no pictures in {len(folders)} sub-folders; {layout}"

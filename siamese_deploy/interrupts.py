@@ -38,7 +38,10 @@ def interrupts_held() -> Iterator[Callable[[], None]]:
             os._exit(128 + number)
         arrived.append(number)
 
-    before: dict[signal.Signals, Any] = {number: signal.signal(number, note) for number in _SIGNALS}
+    # A signal that the caller had ignored (`nohup`, a background job of a script) stays ignored.
+    before: dict[signal.Signals, Any] = {
+        number: signal.signal(number, note) for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
+    }
 
     def let_through() -> None:
         if arrived:

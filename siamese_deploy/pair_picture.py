@@ -32,6 +32,11 @@ def image_tile(path: Path) -> Image.Image:
     return tile
 
 
+def missing_tile() -> Image.Image:
+    """An empty tile, for a picture that has gone since it was scored."""
+    return Image.new("RGB", (TILE_PIXELS, TILE_PIXELS), _GREY)
+
+
 def pair_picture(
     left: Image.Image, right: Image.Image, classes: tuple[str, str], score: float, is_same: bool, threshold: float
 ) -> Image.Image:

@@ -92,10 +92,11 @@ def _read_picture_file(path: str) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise ImageError(path, f"cannot be opened ({error.strerror})") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ImageError(path, "not a regular file")
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(path, "not a regular file")
         if status.st_size == 0:
             raise ImageError(path, "empty file")
         if status.st_size > MAX_FILE_BYTES:

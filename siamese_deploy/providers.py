@@ -46,21 +46,15 @@ def import_onnxruntime() -> ModuleType:
     return module
 
 
-def choose_provider(asked: str) -> tuple[str, str]:
-    """What to try for `asked`: the provider's short name, and why better ones were passed over ("" if none was).
-
-    "auto" takes CUDA where it truly starts, else the CPU. TensorRT builds engines for minutes, so it is only ever used
-    when named.
+def providers_to_try(asked: str) -> tuple[str, ...]:
+    """Short names, best first. TensorRT builds engines for minutes, so "auto" leaves it to those who name it.
 
     Raises:
         UsageError: `asked` is none of CHOICES.
     """
     if asked not in CHOICES:
         raise UsageError(f"provider {asked!r}: expected one of {', '.join(CHOICES)}")
-    if asked != "auto":
-        return asked, ""
-    missing = _why_unavailable("cuda")
-    return ("cpu", f"cuda passed over: {missing[0]}") if missing else ("cuda", "")
+    return ("cuda", "cpu") if asked == "auto" else (asked,)
 
 
 def open_session(graph: bytes, name: str, provider: str, threads: int | None = None) -> Any:
@@ -94,6 +88,22 @@ def open_session(graph: bytes, name: str, provider: str, threads: int | None = N
     if session.get_providers()[0] != ORT_NAMES[provider]:
         raise ProviderError(_refusal(provider))
     return session
+
+
+def run_session(session: Any, output: str, inputs: dict[str, Any], provider: str) -> Any:
+    """One output of session.run; what fails there is the machine's fault: the graph and its inputs were checked.
+
+    Raises:
+        ProviderError: out of memory, or a build of ONNX Runtime without code for this GPU.
+    """
+    try:
+        return session.run([output], inputs)[0]
+    except Exception as error:
+        version = import_onnxruntime().__version__
+        raise ProviderError(
+            f"provider {provider}: ONNX Runtime {version} failed while running: {_line(error)}; "
+            "free memory, or check that this build of it supports the device"
+        ) from error
 
 
 def usable_cores() -> int:

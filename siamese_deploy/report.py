@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 import platform
 from collections.abc import Sequence
 from functools import lru_cache
@@ -21,7 +21,8 @@ from siamese_deploy.errors import ImageError
 from siamese_deploy.evaluate import Evaluation
 from siamese_deploy.image_folder import SkippedFile
 from siamese_deploy.interrupts import interrupts_held
-from siamese_deploy.pair_picture import image_tile, pair_picture
+from siamese_deploy.pair_picture import image_tile, missing_tile, pair_picture
+from siamese_deploy.providers import usable_cores
 from siamese_deploy.verifier import Verifier
 
 FORMAT = "siamese-evaluation/1"
@@ -40,9 +41,9 @@ def write_report(
         (folder.paths[left], folder.paths[right], int(same), shortest_float32(score))
         for left, right, same, score in zip(pairs.left, pairs.right, pairs.is_same, evaluation.scores, strict=True)
     ]
-    _write_csv(staging / "pairs.csv", ("left", "right", "is_same", "score"), rows)
+    (staging / "pairs.csv").write_bytes(_csv_bytes(("left", "right", "is_same", "score"), rows))
     if evaluation.skipped:
-        write_skipped(staging / "skipped.csv", evaluation.skipped)
+        (staging / "skipped.csv").write_bytes(skipped_csv(evaluation.skipped))
     _write_pictures(staging, evaluation, show_progress)
     text = json.dumps(_metrics_json(evaluation, verifier, seed), indent=2, allow_nan=False)
     (staging / "metrics.json").write_text(text + "\n", encoding="utf-8")
@@ -53,9 +54,9 @@ def shortest_float32(value: np.float32) -> str:
     return str(np.float32(value))
 
 
-def write_skipped(path: Path, skipped: Sequence[SkippedFile]) -> None:
+def skipped_csv(skipped: Sequence[SkippedFile]) -> bytes:
     """A CSV file of what was left out and why: columns path, reason."""
-    _write_csv(path, ("path", "reason"), [(file.path, file.reason) for file in skipped])
+    return _csv_bytes(("path", "reason"), [(file.path, file.reason) for file in skipped])
 
 
 def _metrics_json(evaluation: Evaluation, verifier: Verifier, seed: int) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def _metrics_json(evaluation: Evaluation, verifier: Verifier, seed: int) -> dict
         "backend": verifier.backend,
         "provider": verifier.provider,
         "model_digest": verifier.model_digest,
-        "run": {  # differs between machines; everything above does not
+        "run": {
             "python": platform.python_version(),
             "siamese-toolkit": metadata.version("siamese-toolkit"),
             "numpy": np.__version__,
@@ -86,12 +87,13 @@ def _metrics_json(evaluation: Evaluation, verifier: Verifier, seed: int) -> dict
     }
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def _csv_bytes(header: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
     # surrogateescape: names that are not UTF-8 come out as the bytes they are on the disk.
-    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def _write_pictures(staging: Path, evaluation: Evaluation, show_progress: bool) -> None:
@@ -99,16 +101,16 @@ def _write_pictures(staging: Path, evaluation: Evaluation, show_progress: bool) 
 
     @lru_cache(maxsize=_TILES_IN_MEMORY)
     def tile(image: int) -> Image.Image:
-        return image_tile(folder.absolute_path(image))
+        try:
+            return image_tile(folder.absolute_path(image))
+        except ImageError:  # readable when it was embedded, gone since: its score stands
+            return missing_tile()
 
     def draw(pair: int) -> None:
         left, right = int(pairs.left[pair]), int(pairs.right[pair])
-        try:
-            tiles = tile(left), tile(right)
-        except ImageError:  # readable when it was embedded, gone since; its score stands
-            return
         picture = pair_picture(
-            *tiles,
+            tile(left),
+            tile(right),
             (folder.class_name(left), folder.class_name(right)),
             float(evaluation.scores[pair]),
             bool(pairs.is_same[pair]),
@@ -116,7 +118,7 @@ def _write_pictures(staging: Path, evaluation: Evaluation, show_progress: bool) 
         )
         picture.save(staging / f"{pair}.png", compress_level=1)
 
-    with interrupts_held() as let_interrupts_through, ThreadPool(min(8, os.cpu_count() or 1)) as threads:
+    with interrupts_held() as let_interrupts_through, ThreadPool(usable_cores()) as threads:
         drawn = threads.imap_unordered(draw, range(len(pairs)))
         for _ in tqdm(drawn, total=len(pairs), desc="drawing", unit="pair", disable=not show_progress):
             let_interrupts_through()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from siamese_deploy.durable_files import fsync_path, locked_folder, write_atomically
 from siamese_deploy.errors import UsageError
+from siamese_deploy.interrupts import interrupts_held
 
 RECORD = ".siamese-evaluation"
 """Names of the files an evaluation wrote, one a line."""
@@ -19,12 +20,22 @@ _STAGING = ".siamese-staging-"
 _OWN_NAME = re.compile(r"\d+\.png|pairs\.csv|skipped\.csv|metrics\.json")
 
 
+def refuse_inside(out_path: Path, pictures: Path) -> None:
+    """Results among the pictures would be taken for pictures the next time.
+
+    Raises:
+        UsageError: `out_path` is the folder `pictures` or lies in it.
+    """
+    if out_path.resolve().is_relative_to(pictures.resolve()):
+        raise UsageError(f"{out_path}: lies in the picture folder {pictures}; choose an output folder outside of it")
+
+
 @contextmanager
 def result_folder(out_path: Path) -> Iterator[Path]:
     """A staging folder inside `out_path` (made if missing) whose files replace the earlier evaluation when all is well.
 
-    On an error or interrupt the earlier evaluation stays as it was. `metrics.json` is removed first and moved in last,
-    so a folder that has one holds the files of one evaluation.
+    On an error or interrupt within the block the earlier evaluation stays as it was. When the files are moved in,
+    `metrics.json` is removed first and moved last, so a folder that has one holds the files of one evaluation.
 
     Raises:
         UsageError: `out_path` is a file, or holds results that no evaluation of ours recorded.
@@ -43,7 +54,8 @@ def result_folder(out_path: Path) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=out_path))
         try:
             yield staging
-            _replace(out_path, own, staging)
+            with interrupts_held():
+                _replace(out_path, own, staging)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

@@ -7,10 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from siamese_deploy.bundle import Bundle, golden_image, read_bundle
-from siamese_deploy.errors import BundleError, IntegrityError, UsageError
+from siamese_deploy.bundle import (
+    BACKBONE,
+    EMBEDDINGS,
+    HEAD,
+    IMAGES,
+    LEFT,
+    RIGHT,
+    SCORES,
+    Bundle,
+    golden_image,
+    read_bundle,
+)
+from siamese_deploy.errors import BundleError, IntegrityError, ProviderError, UsageError
 from siamese_deploy.preprocess import Preprocess, load_image
-from siamese_deploy.providers import choose_provider, open_session
+from siamese_deploy.providers import open_session, providers_to_try, run_session
 from siamese_deploy.verifier import Embeddings, Images, Scores
 
 # The golden check tells a wrong, damaged or overflowing network from rounding; export measures rounding itself.
@@ -43,10 +54,22 @@ class OnnxVerifier:
         self, bundle: Bundle | str | os.PathLike[str], *, provider: str = "auto", threads: int | None = None
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
-        self.provider, self.provider_note = choose_provider(provider)
-        """Where it runs, and what "auto" passed over ("" if nothing)."""
-        self._backbone = open_session(self.bundle.backbone, "backbone.onnx", self.provider, threads)
-        self._head = open_session(self.bundle.head, "head.onnx", self.provider, threads)
+        self.provider_note = ""
+        """What "auto" passed over and why; "" if nothing."""
+        candidates = providers_to_try(provider)
+        for self.provider in candidates:
+            try:
+                self._open(threads)
+                break
+            except (ProviderError, IntegrityError) as error:
+                if self.provider == candidates[-1]:
+                    raise
+                reason = str(error).removeprefix(f"provider {self.provider}: ").partition("; ")[0]
+                self.provider_note = f"{self.provider} passed over: {reason}"
+
+    def _open(self, threads: int | None) -> None:
+        self._backbone = open_session(self.bundle.backbone, BACKBONE, self.provider, threads)
+        self._head = open_session(self.bundle.head, HEAD, self.provider, threads)
         self._check_signatures()
         self._check_golden()
 
@@ -74,7 +97,9 @@ class OnnxVerifier:
             raise UsageError(f"images: expected uint8 (N, {height}, {width}, 3), got {images.dtype} {images.shape}")
         largest = self.bundle.manifest.batch[2]
         parts = [
-            self._backbone.run(["embeddings"], {"images": np.ascontiguousarray(images[i : i + largest])})[0]
+            run_session(
+                self._backbone, EMBEDDINGS, {IMAGES: np.ascontiguousarray(images[i : i + largest])}, self.provider
+            )
             for i in range(0, len(images), largest)
         ]
         return np.concatenate(parts) if parts else np.empty((0, self.bundle.manifest.embedding_dim), np.float32)
@@ -93,7 +118,7 @@ class OnnxVerifier:
                     f"embeddings: expected two float32 (P, {dim}) or (1, {dim}), got {left.dtype} {left.shape} and "
                     f"{right.dtype} {right.shape}"
                 )
-        scores: Scores = self._head.run(["scores"], {"left": left, "right": right})[0]
+        scores: Scores = run_session(self._head, SCORES, {LEFT: left, RIGHT: right}, self.provider)
         return scores[:, 0]
 
     def compare(self, left: str | os.PathLike[str], right: str | os.PathLike[str]) -> float:
@@ -115,9 +140,9 @@ class OnnxVerifier:
         height, width = self.preprocess.size_hw
         dim = manifest.embedding_dim
         images = ("tensor(uint8)", [height, width, 3])
-        self._check(self._backbone, "backbone.onnx", {"images": images}, "embeddings", dim)
+        self._check(self._backbone, BACKBONE, {IMAGES: images}, EMBEDDINGS, dim)
         side = ("tensor(float)", [dim])
-        self._check(self._head, "head.onnx", {"left": side, "right": side}, "scores", 1)
+        self._check(self._head, HEAD, {LEFT: side, RIGHT: side}, SCORES, 1)
 
     @staticmethod
     def _check(session: Any, name: str, inputs: dict[str, tuple[str, list[int]]], output: str, width: int) -> None:

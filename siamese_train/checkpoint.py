@@ -7,6 +7,7 @@ those loads here, and theirs load ours, which has one key more, `siamese_toolkit
 from __future__ import annotations
 
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from siamese_deploy.durable_files import write_atomically
-from siamese_deploy.errors import CheckpointError, InputDataError
+from siamese_deploy.errors import CheckpointError, InputDataError, UsageError
 from siamese_train.config import TrainConfig
 from siamese_train.model import SiameseNetwork, load_strictly
 
@@ -40,9 +41,12 @@ class Checkpoint:
         """The network with these weights, on the CPU, in inference mode.
 
         Raises:
-            CheckpointError: the weights do not fit the backbone or are not finite.
+            CheckpointError: the backbone is unknown, or the weights do not fit it or are not finite.
         """
-        model = SiameseNetwork(self.backbone, self.image_size)
+        try:
+            model = SiameseNetwork(self.backbone, self.image_size)
+        except UsageError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
         load_strictly(model, self.model_state, f"{self.path} (backbone {self.backbone})")
         return model.eval()
 
@@ -72,7 +76,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         InputDataError: no such file.
-        CheckpointError: not a checkpoint, damaged, of a newer format, or with weights that are not finite.
+        CheckpointError: not a checkpoint, damaged, or of a newer format.
     """
     if not path.exists():
         raise InputDataError(f"{path}: no such checkpoint")
@@ -80,39 +84,44 @@ def read_checkpoint(path: Path) -> Checkpoint:
         bundle = (path / "manifest.json").exists()
         hint = "a bundle; evaluate it with siamese-eval" if bundle else "a folder; name the .pth file in it"
         raise CheckpointError(f"{path}: expected a checkpoint file, got {hint}")
-    content = load_safely(path)
+    data = path.read_bytes()  # once, so that the digest is that of the weights whatever happens to the file meanwhile
+    content = load_safely(path, data)
     for key, kind in _REQUIRED.items():
         if not isinstance(content.get(key), kind):
             found = "nothing" if key not in content else type(content[key]).__name__
             raise CheckpointError(f"{path}: is no checkpoint ({key}: expected {kind.__name__}, got {found})")
     own = content.get("siamese_toolkit", {})
+    if not isinstance(own, dict):
+        raise CheckpointError(f"{path}: siamese_toolkit: expected dict, got {type(own).__name__}")
     if own and own.get("format") != 1:
         raise CheckpointError(f"{path}: format {own.get('format')}, this program reads 1; use a newer version of it")
-    state = content["model_state_dict"]
-    for key, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{path}: {key}: expected a tensor, got {type(value).__name__}")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"{path}: {key} holds NaN or infinity; take an earlier checkpoint of the run")
+    image_size: Any = REFERENCE_IMAGE_SIZE
+    if own:
+        settings = own.get("config")
+        image_size = settings.get("image_size") if isinstance(settings, dict) else None
+        if not isinstance(image_size, int) or image_size < 1:
+            raise CheckpointError(f"{path}: siamese_toolkit: config.image_size: expected pixels, got {image_size}")
     return Checkpoint(
         epoch=content["epoch"],
         backbone=content["backbone"],
-        image_size=own["config"]["image_size"] if own else REFERENCE_IMAGE_SIZE,
-        model_state=state,
+        image_size=image_size,
+        model_state=content["model_state_dict"],
         training=own,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        sha256=hashlib.sha256(data).hexdigest(),
         path=path,
     )
 
 
-def load_safely(path: Path) -> dict[str, Any]:
-    """torch.load(weights_only=True) of a dictionary, onto the CPU.
+def load_safely(path: Path, data: bytes) -> dict[str, Any]:
+    """torch.load(weights_only=True) of a dictionary, onto the CPU; `data` are the bytes of the file `path`.
 
     Raises:
         CheckpointError: not a file of torch.save, damaged, or one that holds more than plain data.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # pickle, zip, storage and attribute errors of many kinds
         reason = str(error).strip().partition("\n")[0][:200]
         raise CheckpointError(f"{path}: damaged, or no checkpoint ({type(error).__name__}: {reason})") from error

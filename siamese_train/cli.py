@@ -9,7 +9,7 @@ import click
 
 from siamese_deploy.cli.command import PATH, SEED, Command
 from siamese_deploy.cli.eval import evaluate_into
-from siamese_deploy.errors import needs_extra
+from siamese_deploy.errors import needs_extra, one_line
 
 if TYPE_CHECKING:
     from siamese_deploy.verifier import Verifier
@@ -41,7 +41,7 @@ def train_main(**settings: Any) -> None:
     with needs_extra("train"):
         from siamese_train.train import train
     best = train(config)
-    click.echo(f"best checkpoint: {best}")
+    click.echo(one_line(f"best checkpoint: {best}"))
 
 
 @click.command(cls=Command, name="siamese-train-eval")

@@ -13,7 +13,7 @@ import torch
 import torchvision.models
 from torch import nn
 
-from siamese_deploy.errors import CheckpointError, EnvironmentFault, UsageError
+from siamese_deploy.errors import CheckpointError, EnvironmentFault, InputDataError, UsageError
 
 # Of the ImageNet pictures that torchvision's pretrained networks learned from; RGB, for pixels in [0, 1].
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -42,7 +42,7 @@ class SiameseNetwork(nn.Module):
         """
         super().__init__()
         self.backbone = build_backbone(backbone)
-        self.embedding_dim = embedding_width(backbone, image_size)
+        self.embedding_dim = embedding_width(self.backbone, backbone, image_size)
         self.cls_head = nn.Sequential(
             nn.Dropout(0.5),
             nn.Linear(self.embedding_dim, 512),
@@ -102,18 +102,20 @@ def build_backbone(name: str) -> nn.Module:
     return network
 
 
-def embedding_width(name: str, image_size: int) -> int:
-    """Numbers per picture that the network gives, found by running it on tensors without data.
+def embedding_width(network: nn.Module, name: str, image_size: int) -> int:
+    """Numbers per picture that the network gives, found by running it on a black one.
 
     Raises:
         UsageError: it cannot take pictures of `image_size` pixels.
     """
+    was_training = network.training
     try:
-        with torch.device("meta"), torch.no_grad():
-            output = build_backbone(name).eval()(torch.empty(1, 3, image_size, image_size))
+        with torch.no_grad():
+            output = network.eval()(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"backbone {name} cannot take pictures of {image_size} px a side: {reason}") from error
+    network.train(was_training)
     return int(output.shape[1])
 
 
@@ -122,7 +124,7 @@ def load_initial_weights(model: SiameseNetwork, backbone: str, weights: str) -> 
 
     Raises:
         EnvironmentFault: pretrained weights are not on this machine and cannot be fetched.
-        UsageError: no such file.
+        InputDataError: no such file.
         CheckpointError: the file is damaged or belongs to another network.
     """
     if weights == "none":
@@ -130,10 +132,10 @@ def load_initial_weights(model: SiameseNetwork, backbone: str, weights: str) -> 
     if weights == "default":
         state = _pretrained_state(backbone)
     elif not Path(weights).is_file():
-        raise UsageError(f"--weights {weights}: expected default, none or an existing file")
+        raise InputDataError(f"--weights {weights}: no such file; expected default, none or a file")
     else:
         state = _read_state(Path(weights))
-    if "model_state_dict" in state:
+    if isinstance(state.get("model_state_dict"), dict):
         load_strictly(model, state["model_state_dict"], weights)
     else:
         load_strictly(model.backbone, _without_auxiliary(state), weights)
@@ -143,8 +145,13 @@ def load_strictly(module: nn.Module, state: dict[str, Any], source: str) -> None
     """module.load_state_dict with one-line errors that name what does not fit.
 
     Raises:
-        CheckpointError: missing or unexpected keys, or other shapes.
+        CheckpointError: missing or unexpected keys, other shapes, or values that are no finite dense tensors.
     """
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(f"{source}: {key}: expected a dense tensor, got {type(value).__name__}")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{source}: {key} holds NaN or infinity; take an earlier checkpoint of the run")
     own = module.state_dict()
     wrong = [f"{key} is missing" for key in own if key not in state]
     wrong += [f"{key} is unexpected" for key in state if key not in own]
@@ -173,7 +180,7 @@ def _pretrained_state(backbone: str) -> dict[str, Any]:
             ) from error
     elif not hashlib.sha256(file.read_bytes()).hexdigest().startswith(_hash_prefix(file)):
         raise CheckpointError(f"{file}: damaged (its SHA-256 does not begin with its name's); place {url} there again")
-    return _without_auxiliary(_read_state(file))
+    return _read_state(file)
 
 
 def _hash_prefix(file: Path) -> str:
@@ -184,9 +191,9 @@ def _hash_prefix(file: Path) -> str:
 def _read_state(file: Path) -> dict[str, Any]:
     from siamese_train.checkpoint import load_safely
 
-    return load_safely(file)
+    return load_safely(file, file.read_bytes())
 
 
 def _without_auxiliary(state: dict[str, Any]) -> dict[str, Any]:
     """Without the extra classifiers that GoogLeNet and Inception use in training only."""
-    return {key: value for key, value in state.items() if not key.startswith(("aux1.", "aux2.", "AuxLogits."))}
+    return {key: value for key, value in state.items() if not str(key).startswith(("aux1.", "aux2.", "AuxLogits."))}

@@ -13,7 +13,7 @@ from siamese_train.model import InputNormalisation, SiameseNetwork
 
 
 class TorchVerifier:
-    """Embeds and scores with PyTorch in float32. The network is put into inference mode for each call.
+    """Embeds and scores with PyTorch in float32 (no TF32). The network is put into inference mode for each call.
 
     Args:
         model_digest: SHA-256 of the checkpoint, or "" for a network that is still being trained.
@@ -43,7 +43,8 @@ class TorchVerifier:
     def embed(self, images: Images) -> Embeddings:
         """(N, H, W, 3) uint8 -> (N, dim) float32."""
         self.model.eval()
-        embeddings: Embeddings = self.model.backbone(self._normalise(self._tensor(images))).cpu().numpy()
+        with torch.backends.cudnn.flags(allow_tf32=False):  # on by default; the bundle on CUDA does without it too
+            embeddings: Embeddings = self.model.backbone(self._normalise(self._tensor(images))).cpu().numpy()
         return embeddings
 
     @torch.inference_mode()

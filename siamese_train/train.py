@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,14 +13,15 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from siamese_deploy.durable_files import locked_folder
-from siamese_deploy.errors import InputDataError, IntegrityError, UsageError
+from siamese_deploy.durable_files import locked_folder, write_atomically
+from siamese_deploy.errors import InputDataError, IntegrityError, UsageError, one_line
 from siamese_deploy.evaluate import evaluate_pairs
 from siamese_deploy.image_folder import SkippedFile, scan_image_folder
 from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.pairs import sample_pairs
 from siamese_deploy.preprocess import Preprocess
-from siamese_deploy.report import write_skipped
+from siamese_deploy.report import skipped_csv
+from siamese_deploy.result_folder import refuse_inside
 from siamese_train.checkpoint import save_checkpoint
 from siamese_train.config import TrainConfig
 from siamese_train.data import training_batches
@@ -46,6 +48,8 @@ def train(config: TrainConfig) -> Path:
         EnvironmentFault: the device or pretrained weights are not available.
     """
     _refuse_used_folder(config.out_path)
+    for pictures in (config.train_path, config.val_path):
+        refuse_inside(config.out_path, pictures)
     device = choose_device(config.device)
     preprocess = Preprocess((config.image_size, config.image_size))
     train_folder, val_folder = scan_image_folder(config.train_path), scan_image_folder(config.val_path)
@@ -79,8 +83,6 @@ def train(config: TrainConfig) -> Path:
         "train_images": len(train_folder),
         "val_classes": len(val_folder.class_names),
         "val_images": len(val_folder),
-        "val_pairs": len(val_pairs),
-        "val_pair_digest": val_pairs.digest(val_folder),
     }
     print(
         f"{config.backbone} on {device}: {data['train_images']} training pictures in {data['train_classes']} classes, "
@@ -88,7 +90,9 @@ def train(config: TrainConfig) -> Path:
         flush=True,
     )
     best_loss = math.inf
-    skipped: dict[str, SkippedFile] = {file.path: file for file in train_folder.skipped}
+    skipped: dict[str, SkippedFile] = {}
+    _note_skipped(skipped, config.train_path, train_folder.skipped)
+    n_reported = 0
     started = time.monotonic()
 
     with (
@@ -107,7 +111,7 @@ def train(config: TrainConfig) -> Path:
             epoch_started = time.monotonic()
             with _progress_bar(config, epoch, len(sampler)) as progress:
                 for batch in loader:
-                    skipped |= {file.path: file for file in batch.skipped}
+                    _note_skipped(skipped, config.train_path, batch.skipped)
                     if len(batch.is_same) >= 2:  # BatchNorm cannot learn from one pair
                         left, right, is_same = (
                             tensor.to(device, non_blocking=True) for tensor in (batch.left, batch.right, batch.is_same)
@@ -131,9 +135,12 @@ def train(config: TrainConfig) -> Path:
 
             # validate, with the code that evaluates a bundle
             try:
-                validation = evaluate_pairs(verifier, val_folder, val_pairs).metrics
+                evaluation = evaluate_pairs(verifier, val_folder, val_pairs)
             except IntegrityError as error:
                 raise IntegrityError(_not_finite("validation", epoch, config)) from error
+
+            validation = evaluation.metrics
+            _note_skipped(skipped, config.val_path, evaluation.skipped)
 
             # record
             metrics = {
@@ -154,7 +161,7 @@ def train(config: TrainConfig) -> Path:
                     model=model,
                     optimizer=optimizer,
                     config=config,
-                    data=data,
+                    data=data | {"val_pairs": len(evaluation.pairs), "val_pair_digest": evaluation.pair_digest},
                     metrics=metrics,
                 )
             left_s = (time.monotonic() - started) / (epoch + 1) * (config.epochs - epoch - 1)
@@ -166,10 +173,13 @@ def train(config: TrainConfig) -> Path:
                 + (f"  -> {', '.join(names)}" if names else ""),
                 flush=True,
             )
-            if epoch == 0 and skipped:
-                write_skipped(config.out_path / "skipped.csv", list(skipped.values()))
-                message = f"skipped {len(skipped)} training files ({_first_reason(skipped)}); see skipped.csv"
-                print(message, file=sys.stderr)
+            if len(skipped) > n_reported:
+                n_reported = len(skipped)
+                listing = config.out_path / "skipped_pictures.csv"
+                write_atomically(listing, lambda file: file.write(skipped_csv(list(skipped.values()))))
+                print(
+                    one_line(f"skipped {len(skipped)} files ({_first_reason(skipped)}); see {listing}"), file=sys.stderr
+                )
     return config.out_path / "best.pth"
 
 
@@ -193,6 +203,13 @@ def _progress_bar(config: TrainConfig, epoch: int, steps: int) -> tqdm:
     )
 
 
+def _note_skipped(skipped: dict[str, SkippedFile], root: Path, files: Iterable[SkippedFile]) -> None:
+    """Once for each file, with its root: a training and a validation picture may have the same name."""
+    for file in files:
+        path = str(root / file.path)
+        skipped.setdefault(path, SkippedFile(path, file.reason))
+
+
 def _first_reason(skipped: dict[str, SkippedFile]) -> str:
     first = next(iter(skipped.values()))
     return f"first: {first.path}: {first.reason}"
@@ -200,6 +217,6 @@ def _first_reason(skipped: dict[str, SkippedFile]) -> str:
 
 def _not_finite(what: str, epoch: int, config: TrainConfig) -> str:
     return (
-        f"{what} gave NaN or infinity in epoch {epoch + 1} at learning rate {config.learning_rate}; checkpoints of "
-        f"earlier epochs in {config.out_path} are good; start again with a smaller --learning_rate"
+        f"{what} gave NaN or infinity in epoch {epoch + 1} at learning rate {config.learning_rate}; what is saved in "
+        f"{config.out_path} is good; start again with a smaller --learning_rate"
     )

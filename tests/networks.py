@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +53,7 @@ def reference_checkpoint(path: Path, network: SiameseNetwork, backbone: str) -> 
     return path
 
 
-def own_checkpoint(path: Path, network: SiameseNetwork, backbone: str, image_size: int, **changes: Any) -> Path:
+def own_checkpoint(path: Path, network: SiameseNetwork, backbone: str, image_size: int) -> Path:
     from siamese_train.checkpoint import save_checkpoint
     from siamese_train.config import TrainConfig
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from siamese_deploy.cli.command import PATH, Command, one_line
-from siamese_deploy.errors import needs_extra
+from siamese_deploy.cli.command import PATH, Command
+from siamese_deploy.errors import needs_extra, one_line
 
 
 @click.command(cls=Command, name="siamese-export")
@@ -17,9 +17,7 @@ from siamese_deploy.errors import needs_extra
 def main(checkpoint: Path, out_path: Path, val_path: Path | None) -> None:
     """Export a checkpoint as a bundle of two ONNX graphs, after proving that they answer like PyTorch."""
     with needs_extra("export"):
-        # Neither is used here: onnxruntime is named by the extras cpu and gpu only, onnxscript is loaded by torch late.
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        import onnxscript  # noqa: F401  torch loads it late; if it is missing, say so before any work
 
         from siamese_export.export import export_checkpoint
     exported = export_checkpoint(checkpoint, out_path, val_path)

@@ -10,11 +10,13 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
 
 from siamese_deploy.bundle import Bundle, Golden, Manifest, golden_image
 from siamese_deploy.demo_data import draw_character
-from siamese_deploy.errors import ImageError, InputDataError, UsageError
+from siamese_deploy.durable_files import refuse_existing
+from siamese_deploy.errors import EnvironmentFault, ImageError, InputDataError
 from siamese_deploy.image_folder import scan_image_folder
 from siamese_deploy.preprocess import Preprocess, load_image, resize_image
 from siamese_deploy.runtime import OnnxVerifier
@@ -24,6 +26,7 @@ from siamese_export.parity import BATCH_SIZES, Parity, measure_parity, require_p
 from siamese_train.checkpoint import Checkpoint, read_checkpoint
 from siamese_train.torch_verifier import TorchVerifier
 
+MIN_ONNXRUNTIME = (1, 30)
 PARITY_PICTURES = 2 * max(BATCH_SIZES)
 BATCH_RANGE = (1, 16, 64)
 DEFAULT_THRESHOLD = 0.5
@@ -44,15 +47,14 @@ def export_checkpoint(checkpoint_path: Path, target: Path, val_path: Path | None
         val_path: folder of pictures to measure parity on; without one, made-up characters are drawn.
 
     Raises:
-        UsageError: `target` exists.
+        UsageError: `target` exists, or its parent folder does not.
+        EnvironmentFault: the installed ONNX Runtime is too old to prove an export with.
         InputDataError: no checkpoint, or no readable picture in `val_path`.
         CheckpointError: not a checkpoint, damaged, or of another network.
         ParityError: the graphs do not answer like the network; nothing is written.
     """
-    if target.exists():
-        raise UsageError(f"{target}: exists already; choose another folder or remove it first")
-    if not target.resolve().parent.is_dir():
-        raise UsageError(f"{target}: its parent folder does not exist; make it first")
+    refuse_existing(target)
+    _require_recent_onnxruntime()
     checkpoint = read_checkpoint(checkpoint_path)
     reference = TorchVerifier.from_checkpoint(checkpoint, torch.device("cpu"))
     images, source = _parity_pictures(val_path, reference.preprocess)
@@ -64,6 +66,16 @@ def export_checkpoint(checkpoint_path: Path, target: Path, val_path: Path | None
     bundle.manifest.about["parity"] = parity.to_json()
     bundle.write(target)
     return Exported(bundle, parity)
+
+
+def _require_recent_onnxruntime() -> None:
+    """The proof is worth what the runtime that gives it is worth: a bundle runs on older ones, an export does not."""
+    version = onnxruntime.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_ONNXRUNTIME:
+        raise EnvironmentFault(
+            f"ONNX Runtime {version} is installed, export needs {'.'.join(map(str, MIN_ONNXRUNTIME))} or newer; "
+            "run: pip install --upgrade 'siamese-toolkit[export,cpu]'"
+        )
 
 
 def _build(checkpoint: Checkpoint, reference: TorchVerifier) -> Bundle:
@@ -82,7 +94,8 @@ def _build(checkpoint: Checkpoint, reference: TorchVerifier) -> Bundle:
         about={
             "checkpoint": {"sha256": checkpoint.sha256, "epoch": checkpoint.epoch},
             "training": {key: checkpoint.training[key] for key in ("data", "metrics") if key in checkpoint.training},
-            "tools": {"python": platform.python_version()} | {name: metadata.version(name) for name in _TOOLS},
+            "tools": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__}
+            | {name: metadata.version(name) for name in _TOOLS},
         },
     )
     return Bundle(manifest, backbone_graph(reference.model, preprocess.size_hw), head_graph(reference.model))

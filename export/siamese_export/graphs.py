@@ -1,4 +1,4 @@
-"""SiameseNetwork -> two ONNX graphs. Tensor names are defined here and nowhere else."""
+"""SiameseNetwork -> two ONNX graphs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import onnx
 import torch
 from torch import nn
 
+from siamese_deploy.bundle import EMBEDDINGS, IMAGES, LEFT, RIGHT, SCORES
 from siamese_deploy.errors import IntegrityError
 from siamese_train.model import InputNormalisation, SiameseNetwork
 
 OPSET = 20  # with IR 10 the newest that the ONNX Runtime of a stock Jetson (1.20 to 1.23) loads
 MAX_IR = 10
-BACKBONE_INPUT, BACKBONE_OUTPUT = "images", "embeddings"
-HEAD_INPUTS, HEAD_OUTPUT = ("left", "right"), "scores"
 # Exporting at one picture would let the exporter take the batch for a constant.
 _EXAMPLE_BATCH = 2
 
@@ -48,16 +47,16 @@ class _Head(nn.Module):
 def backbone_graph(network: SiameseNetwork, size_hw: tuple[int, int]) -> bytes:
     """ONNX file: images uint8 (N, H, W, 3) -> embeddings float32 (N, dim)."""
     example = torch.zeros(_EXAMPLE_BATCH, *size_hw, 3, dtype=torch.uint8)
-    model = _export(_Backbone(network), (example,), [BACKBONE_INPUT], BACKBONE_OUTPUT)
-    return _finish(model, {BACKBONE_INPUT: "N", BACKBONE_OUTPUT: "N"})
+    model = _export(_Backbone(network), (example,), [IMAGES], EMBEDDINGS)
+    return _finish(model, {IMAGES: "N", EMBEDDINGS: "N"})
 
 
 def head_graph(network: SiameseNetwork) -> bytes:
     """ONNX file: left, right float32 (P, dim) -> scores float32 (P, 1); either side may be (1, dim)."""
     example = torch.zeros(_EXAMPLE_BATCH, network.embedding_dim)
-    model = _export(_Head(network), (example, example.clone()), list(HEAD_INPUTS), HEAD_OUTPUT)
+    model = _export(_Head(network), (example, example.clone()), [LEFT, RIGHT], SCORES)
     # The exporter gives both sides one symbolic size; two names say that one of them may be 1 and is broadcast.
-    return _finish(model, {"left": "P_left", "right": "P_right", HEAD_OUTPUT: "P"})
+    return _finish(model, {LEFT: "P_left", RIGHT: "P_right", SCORES: "P"})
 
 
 def _export(module: nn.Module, example: tuple[torch.Tensor, ...], inputs: list[str], output: str) -> onnx.ModelProto:

@@ -6,13 +6,16 @@ import errno
 import os
 import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from siamese_deploy.errors import SiameseError
+from siamese_deploy.errors import SiameseError, one_line
 
 PATH = click.Path(path_type=Path)
 SEED = click.IntRange(0, 2**32 - 1)
@@ -53,15 +56,13 @@ class Command(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        try:
+        with usage_errors_on_one_line(info_name):
             return super().make_context(info_name, args, parent, **extra)
-        except click.UsageError as error:
-            name = error.ctx.command_path if error.ctx else info_name
-            click.echo(f"{name}: {one_line(error.format_message())} (see {name} --help)", err=True)
-            sys.exit(error.exit_code)
 
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, _terminated)
+        # Pillow warns of what is refused or repaired here anyway, on two lines and from the middle of a progress bar.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             return super().invoke(ctx)
         except click.exceptions.Exit:
@@ -78,9 +79,23 @@ class Command(click.Command):
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNO:
                 _fail(ctx, f"{error.filename or 'output'}: {error.strerror}", 5)
-            if type(error).__name__ == "OutOfMemoryError":  # torch's, known by name because torch may be absent
-                _fail(ctx, "out of GPU memory; use a smaller --batch_size or --image_size, or --device cpu", 5)
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                _fail(ctx, f"{error.filename}: {error.strerror}", 2)
+            # torch's, known by name and text because torch may be absent
+            if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+                _fail(ctx, "out of memory; use a smaller --batch_size or --image_size, or --device cpu", 5)
             _fail(ctx, f"internal error: {error!r}; this is a bug, please report it with --debug's output", 70)
+
+
+@contextmanager
+def usage_errors_on_one_line(name: str | None) -> Iterator[None]:
+    """click's own three lines become ours."""
+    try:
+        yield
+    except click.UsageError as error:
+        name = error.ctx.command_path if error.ctx else name
+        click.echo(f"{name}: {one_line(error.format_message())} (see {name} --help)", err=True)
+        sys.exit(error.exit_code)
 
 
 def _debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -104,8 +119,3 @@ def _fail(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
 
 def _terminated(_signal: int, _frame: object) -> NoReturn:
     sys.exit(143)  # an exception, so that temporary files are removed on the way out
-
-
-def one_line(message: str) -> str:
-    """The message with line breaks and control characters escaped: names of files are data, also on a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in message)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from siamese_deploy.cli.command import PATH, Command
+from siamese_deploy.errors import one_line
 
 
 @click.command(cls=Command, name="demo_data")
@@ -20,4 +21,8 @@ def main(out: Path, train_classes: int, val_classes: int, drawings: int, seed: i
     from siamese_deploy.demo_data import write_demo_data
 
     write_demo_data(out, train_classes=train_classes, val_classes=val_classes, drawings=drawings, seed=seed)
-    click.echo(f"drawn: {out}/train ({train_classes} characters), {out}/val ({val_classes}), {drawings} drawings each")
+    click.echo(
+        one_line(
+            f"drawn: {out}/train ({train_classes} characters), {out}/val ({val_classes}), {drawings} drawings each"
+        )
+    )

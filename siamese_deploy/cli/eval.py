@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from siamese_deploy.cli.command import PATH, SEED, Command, one_line
+from siamese_deploy.cli.command import PATH, SEED, Command
+from siamese_deploy.errors import one_line
+from siamese_deploy.providers import CHOICES
 
 if TYPE_CHECKING:
     from siamese_deploy.verifier import Verifier
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("-c", "--checkpoint", "bundle", required=True, type=PATH, help="Bundle folder.")
 @click.option(
     "--provider",
-    type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
+    type=click.Choice(CHOICES),
     default="auto",
     help="Where to run. A named one runs there or fails; auto takes CUDA where it truly starts, else the CPU.",
 )
@@ -44,8 +46,9 @@ def evaluate_into(open_verifier: Callable[[], Verifier], val_path: Path, out_pat
     """Evaluate, write the report into `out_path` and print the summary; shared with siamese-train-eval."""
     from siamese_deploy.evaluate import evaluate_folder
     from siamese_deploy.report import write_report
-    from siamese_deploy.result_folder import result_folder
+    from siamese_deploy.result_folder import refuse_inside, result_folder
 
+    refuse_inside(out_path, val_path)
     show_progress = sys.stderr.isatty()
     with result_folder(out_path) as staging:
         verifier = open_verifier()

@@ -69,7 +69,11 @@ def test_a_changed_shortened_or_missing_graph_is_refused(bundle_path: Path, name
     with pytest.raises(BundleError, match=f"{name} is missing"):
         read_bundle(bundle_path)
     (bundle_path / name).symlink_to(bundle_path.parent / "elsewhere")
-    with pytest.raises(BundleError, match="plain file"):
+    with pytest.raises(BundleError, match="is a link"):
+        read_bundle(bundle_path)
+    (bundle_path / name).unlink()
+    (bundle_path / name).mkdir()
+    with pytest.raises(BundleError, match="expected a plain file"):
         read_bundle(bundle_path)
 
 
@@ -119,6 +123,9 @@ def test_other_texts_are_no_manifest(bundle_path: Path, text: bytes, words: str)
         ({"threshold": 1.5}, r"threshold: expected a number in \[0, 1\]"),
         ({"embedding_dim": 17}, "golden embedding: expected 17 numbers, got 16"),
         ({"preprocess": Preprocess((24, 32), resize="nearest")}, "preprocess: expected"),
+        ({"preprocess": Preprocess((24, 0))}, r"size_hw: expected two positive whole numbers, got \[24, 0\]"),
+        ({"preprocess": Preprocess((None, 32))}, r"size_hw: expected two positive"),  # type: ignore[arg-type]
+        ({"batch": (1, 4, 0)}, "batch: expected 1 <= min <= opt <= max"),
     ],
 )
 def test_a_whole_manifest_with_wrong_values_is_refused(tmp_path: Path, change: dict[str, object], words: str) -> None:

@@ -12,7 +12,7 @@ from conftest import RunCommand, assert_refused
 
 from siamese_deploy.cli import main as siamese
 from siamese_deploy.cli.command import Command
-from siamese_deploy.errors import BusyError, MissingExtraError, needs_extra
+from siamese_deploy.errors import BusyError, EnvironmentFault, MissingExtraError, needs_extra
 
 
 class OutOfMemoryError(RuntimeError):
@@ -34,7 +34,8 @@ def failing(error: BaseException) -> click.Command:
         (BusyError("busy"), 6, "tool: busy"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 5, "out of memory"),
-        (OutOfMemoryError(), 5, "out of GPU memory"),
+        (OutOfMemoryError(), 5, "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 5, "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device", "file"), 5, "file: No space left"),
         (PermissionError(errno.EACCES, "Permission denied", "a\nb"), 5, "a\\nb: Permission denied"),
         (ValueError("surprise\nin two lines"), 70, "internal error: ValueError"),
@@ -58,6 +59,9 @@ def test_usage_errors_are_one_line_too(run: RunCommand) -> None:
     assert_refused(run(failing(ValueError()), "--lone_name", "1"), 2, "--long_name")
     assert_refused(run(failing(ValueError()), "extra"), 2, "unexpected extra argument")
     assert_refused(run(siamese, "eval", "--seed", "x"), 2, "siamese eval: ", "--seed")
+    assert_refused(run(siamese, "bogus"), 2, "siamese: No such command 'bogus'")
+    assert_refused(run(siamese, "--nope"), 2, "--nope")
+    assert run(siamese, "demo-data", "--help").exit_code == 0
     assert_refused(run(failing(KeyError("hyphens are fine")), "--long-name", 1), 70, "hyphens are fine")
 
 
@@ -83,6 +87,8 @@ def test_a_cpu_build_of_torch_with_the_published_torchvision_is_explained() -> N
         raise RuntimeError("operator torchvision::nms does not exist")
     with pytest.raises(RuntimeError, match="something else"), needs_extra("train"):
         raise RuntimeError("something else")
+    with pytest.raises(EnvironmentFault, match=r"libcublas\.so"), needs_extra("cpu"):
+        raise ImportError("libcublas.so.12: cannot open shared object file")
     with pytest.raises(ModuleNotFoundError), needs_extra("train"):
         import a_module_of_ours_that_is_missing  # type: ignore[import-not-found]  # noqa: F401
 

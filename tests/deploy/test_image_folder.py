@@ -35,12 +35,16 @@ def test_follows_links_and_lists_what_it_left_out(pictures: Path, tmp_path: Path
     (pictures / "gone").symlink_to(tmp_path / "nowhere")
     (pictures / "apple/gone.png").symlink_to(tmp_path / "nowhere.png")
     (pictures / "empty").mkdir()
+    (pictures / "loop").symlink_to(pictures / "loop")
+    (pictures / "apple/loop.png").symlink_to(pictures / "apple/loop.png")
     os.mkfifo(pictures / "bolt/pipe.png")
     (pictures / "cog/folder.png").mkdir()
     folder = scan_image_folder(pictures)
     assert "linked/1.png" in folder.paths
     assert {(file.path, file.reason) for file in folder.skipped} == {
         ("gone", "broken link"),
+        ("loop", "broken link"),
+        ("apple/loop.png", "broken link"),
         ("apple/gone.png", "broken link"),
         ("bolt/pipe.png", "not a regular file"),
         ("cog/folder.png", "not a regular file"),
@@ -93,14 +97,3 @@ def test_folders_without_permission(pictures: Path) -> None:
             scan_image_folder(pictures)
     finally:
         pictures.chmod(0o700)
-
-
-def test_without_drops_pictures_and_emptied_classes(pictures: Path) -> None:
-    folder = scan_image_folder(pictures)
-    from siamese_deploy.image_folder import SkippedFile
-
-    smaller = folder.without(tuple(SkippedFile(f"apple/{n}.png", "test") for n in range(4)))
-    assert smaller.class_names == ("bolt", "cog", "door")
-    assert len(smaller) == 12
-    assert smaller.class_name(0) == "bolt"
-    assert len(smaller.skipped) == 4

@@ -57,6 +57,18 @@ def test_a_forked_worker_ends_on_sigterm_and_leaves_sigint_to_its_parent() -> No
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
 
 
+def test_what_the_caller_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts_held() as let_through:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            let_through()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_other_threads_may_use_it() -> None:
     results = []
 

@@ -104,6 +104,22 @@ def test_golden_check_stops_a_network_that_answers_differently(change: object) -
         OnnxVerifier(make_bundle(change), provider="cpu")  # type: ignore[arg-type]
 
 
+def fix_batch_of_one(model: onnx.ModelProto) -> None:
+    """The pooled values are reshaped to one row, so that two pictures fail while they run."""
+    flatten = next(node for node in model.graph.node if node.op_type == "Flatten")
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 24], np.int64), "one_row"))
+    reshape = onnx.helper.make_node("Reshape", ["pooled", "one_row"], ["flat"])
+    flatten.CopyFrom(reshape)
+
+
+def test_a_failure_while_running_is_the_environments(capfd: pytest.CaptureFixture[str]) -> None:
+    verifier = OnnxVerifier(make_bundle(fix_batch_of_one), provider="cpu")
+    assert verifier.embed(random_images(1)).shape == (1, DIM)
+    with pytest.raises(ProviderError, match=r"provider cpu: ONNX Runtime .* failed while running"):
+        verifier.embed(random_images(2))
+    assert capfd.readouterr().out == ""
+
+
 def test_golden_check_looks_at_the_score_too() -> None:
     bundle = make_bundle()
     golden = Golden(bundle.manifest.golden.embedding, bundle.manifest.golden.score + 0.02)

@@ -102,6 +102,7 @@ def test_manifest_says_what_was_proven_and_where_it_came_from(bundle: Path, chec
     assert about["parity"]["source"] == "drawn characters"
     assert 0 < about["parity"]["end_to_end_score_difference"] <= 1e-4
     assert about["tools"]["torch"] == metadata.version("torch")
+    assert about["tools"]["onnxruntime"]
 
 
 def test_scores_of_different_pairs_differ(bundle: Path) -> None:
@@ -183,6 +184,8 @@ def test_refusals(run: RunCommand, checkpoint: Path, bundle: Path, pictures: Pat
     new = tmp_path / "new"
     assert_refused(run(export_main, "-c", checkpoint, "-o", bundle), 2, "exists already")
     assert_refused(run(export_main, "-c", checkpoint, "-o", tmp_path / "a/b"), 2, "parent folder does not exist")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert_refused(run(export_main, "-c", checkpoint, "-o", tmp_path / "dangling"), 2, "exists already")
     assert_refused(run(export_main, "-c", tmp_path / "absent", "-o", new), 3, "no such checkpoint")
     assert_refused(run(export_main, "-c", bundle, "-o", new), 4, "siamese-eval")
     assert_refused(
@@ -195,6 +198,14 @@ def test_refusals(run: RunCommand, checkpoint: Path, bundle: Path, pictures: Pat
         file.write_text("no picture")
     assert_refused(run(export_main, "-c", checkpoint, "-o", new, "--val_path", pictures), 3, "can be read")
     assert not new.exists()
+
+
+def test_an_onnxruntime_too_old_to_prove_with_is_refused(
+    run: RunCommand, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", "1.29.1")
+    result = run(export_main, "-c", checkpoint, "-o", tmp_path / "bundle")
+    assert_refused(result, 5, "ONNX Runtime 1.29.1 is installed, export needs 1.30 or newer")
 
 
 @pytest.mark.parametrize("absent", ["torch", "onnx", "onnxscript", "onnxruntime"])

@@ -84,13 +84,26 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with torch.no_grad():
         network.cls_head[5].weight[3, 7] = float("nan")
     with pytest.raises(CheckpointError, match=r"cls_head\.5\.weight holds NaN"):
-        read_checkpoint(reference_checkpoint(tmp_path / "b.pth", network, SMALL[0]))
+        read_checkpoint(reference_checkpoint(tmp_path / "b.pth", network, SMALL[0])).build_model()
+    unknown = read_checkpoint(reference_checkpoint(tmp_path / "d.pth", random_network(), "my_net"))
+    with pytest.raises(CheckpointError, match=r"d\.pth: .*'my_net'"):
+        unknown.build_model()
     content = torch.load(own_checkpoint(tmp_path / "c.pth", random_network(), *SMALL), weights_only=True)
     content["model_state_dict"]["cls_head.9.bias"] = torch.zeros(2)
     torch.save(content, tmp_path / "c.pth")
     with pytest.raises(CheckpointError, match=r"cls_head\.9\.bias is \(1,\)|\(2,\) instead of \(1,\)"):
         read_checkpoint(tmp_path / "c.pth").build_model()
-    content["siamese_toolkit"]["format"] = 2
+    content["model_state_dict"]["cls_head.9.bias"] = torch.zeros(1).to_sparse()
     torch.save(content, tmp_path / "c.pth")
-    with pytest.raises(CheckpointError, match="format 2, this program reads 1"):
-        read_checkpoint(tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match=r"expected a dense tensor|damaged"):
+        read_checkpoint(tmp_path / "c.pth").build_model()
+    content["model_state_dict"] = {}
+    for own, words in (
+        ({"format": 2}, "format 2, this program reads 1"),
+        ([1], "expected dict, got list"),
+        ({"format": 1}, r"config\.image_size: expected pixels, got None"),
+        ({"format": 1, "config": {"image_size": "64"}}, r"config\.image_size: expected pixels, got 64"),
+    ):
+        torch.save(content | {"siamese_toolkit": own}, tmp_path / "c.pth")
+        with pytest.raises(CheckpointError, match=words):
+            read_checkpoint(tmp_path / "c.pth")

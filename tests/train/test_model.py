@@ -11,7 +11,7 @@ import torchvision
 from networks import SMALL, random_network
 from torchvision import transforms
 
-from siamese_deploy.errors import CheckpointError, EnvironmentFault, UsageError
+from siamese_deploy.errors import CheckpointError, EnvironmentFault, InputDataError, UsageError
 from siamese_train.model import (
     InputNormalisation,
     SiameseNetwork,
@@ -97,7 +97,14 @@ def test_backbones_are_the_classification_networks() -> None:
     names = classification_backbones()
     assert {"resnet18", "mobilenet_v3_small", "efficientnet_b0", "squeezenet1_1", "vit_b_16"} <= set(names)
     assert not {"fasterrcnn_resnet50_fpn", "raft_small", "r3d_18", "quantized_resnet18"} & set(names)
-    assert embedding_width("squeezenet1_1", 64) == 1000
+    assert embedding_width(build_backbone("squeezenet1_1"), "squeezenet1_1", 64) == 1000
+
+
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "shufflenet_v2_x0_5", "mnasnet0_5", "densenet121", "inception_v3"])
+def test_networks_of_other_families_are_built_and_left_in_training_mode(name: str) -> None:
+    network = SiameseNetwork(name, 96)
+    assert network.embedding_dim == 1000
+    assert all(module.training for module in network.modules())
 
 
 def test_googlenet_means_the_same_with_and_without_pretrained_weights() -> None:
@@ -147,7 +154,12 @@ def test_initial_weights_from_a_file_of_backbone_weights_or_a_checkpoint(tmp_pat
 
     with pytest.raises(CheckpointError, match=r"weights of another network: .* is missing"):
         load_initial_weights(SiameseNetwork("mobilenet_v3_small", 64), "", str(tmp_path / "backbone.pth"))
-    with pytest.raises(UsageError, match="expected default, none or an existing file"):
+    with torch.no_grad():
+        source.cls_head[1].weight[0, 0] = float("nan")
+    torch.save({"model_state_dict": source.state_dict()}, tmp_path / "nan.pth")
+    with pytest.raises(CheckpointError, match=r"cls_head\.1\.weight holds NaN"):
+        load_initial_weights(network, SMALL[0], str(tmp_path / "nan.pth"))
+    with pytest.raises(InputDataError, match="expected default, none or a file"):
         load_initial_weights(network, SMALL[0], str(tmp_path / "absent.pth"))
 
 

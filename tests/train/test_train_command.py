@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from siamese_train.checkpoint import read_checkpoint
 from siamese_train.cli import train_eval_main, train_main
+from siamese_train.model import SiameseNetwork
 
 QUICK = ("-b", "shufflenet_v2_x0_5", "--weights", "none", "--image_size", "32", "--batch_size", "4")
 
@@ -46,9 +48,11 @@ def test_writes_checkpoints_and_the_references_scalars(run: RunCommand, pictures
     assert f"loss: {best.training['metrics']['val_loss']:.4f}" in evaluated.stdout
 
 
-def test_training_learns_and_the_same_seed_gives_the_same_weights(
+def test_every_layer_learns_and_the_same_seed_gives_the_same_weights(
     run: RunCommand, pictures: Path, tmp_path: Path
 ) -> None:
+    torch.manual_seed(1)
+    initial = SiameseNetwork("shufflenet_v2_x0_5", 32).state_dict()
     states = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run(train_main, *arguments(pictures, tmp_path / name, "-e", 1, "-s", 1, "--seed", seed)).exit_code == 0
@@ -56,6 +60,10 @@ def test_training_learns_and_the_same_seed_gives_the_same_weights(
     first, second, other = states
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(first["cls_head.1.weight"], other["cls_head.1.weight"])
+    learned = [key for key in first if key.endswith(("weight", "bias"))]
+    assert all(not torch.equal(first[key], initial[key]) for key in learned)
+    # Adam's first steps are about the learning rate long: from the seed's own initial weights, not from others
+    assert (first["cls_head.1.weight"] - initial["cls_head.1.weight"]).abs().max() < 4 * 2e-4
 
 
 def test_a_folder_with_checkpoints_or_a_file_is_refused(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
@@ -65,6 +73,7 @@ def test_a_folder_with_checkpoints_or_a_file_is_refused(run: RunCommand, picture
     assert_refused(run(train_main, *arguments(pictures, out)), 2, "epoch_25.pth", "choose another folder")
     assert (out / "epoch_25.pth").read_bytes() == b"precious"
     assert_refused(run(train_main, *arguments(pictures, out / "epoch_25.pth")), 2, "is a file")
+    assert_refused(run(train_main, *arguments(pictures, pictures / "run")), 2, "lies in the picture folder")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +85,7 @@ def test_a_folder_with_checkpoints_or_a_file_is_refused(run: RunCommand, picture
         (("-e", "2.5"), 2, "'2.5' is not a valid integer"),
         (("-b", "resnet19"), 2, "did you mean resnet1"),
         (("-b", "vit_b_16"), 2, "vit_b_16 cannot take pictures of 32 px"),
-        (("--weights", "absent.pth"), 2, "expected default, none or an existing file"),
+        (("--weights", "absent.pth"), 3, "expected default, none or a file"),
         (("--device", "tpu"), 2, "expected auto, cpu, cuda or cuda:N"),
         (("--batch_size", "32"), 3, "16 pictures are fewer than one batch of 32"),
         (("--train_path", "absent"), 3, "no such folder"),
@@ -107,11 +116,19 @@ def test_one_class_is_refused(run: RunCommand, pictures: Path, tmp_path: Path) -
 def test_unreadable_pictures_do_not_stop_a_run_and_are_listed(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
     (pictures / "cog/0.png").write_text("no picture")
     (pictures / "empty").mkdir()
-    result = run(train_main, *arguments(pictures, tmp_path / "out", "-e", 1))
+    val = tmp_path / "val"
+    shutil.copytree(pictures, val)
+    (val / "door/1.png").write_text("no picture either")
+    result = run(train_main, *arguments(pictures, tmp_path / "out", "-e", 1, "-s", 1, "--val_path", val))
     assert result.exit_code == 0, result.output
-    assert "skipped 2 training files" in result.stderr
-    with open(tmp_path / "out/skipped.csv", newline="") as file:
-        assert [row["path"] for row in csv.DictReader(file)] == ["empty", "cog/0.png"]
+    assert "skipped 5 files" in result.stderr
+    with open(tmp_path / "out/skipped_pictures.csv", newline="") as file:
+        listed = {row["path"] for row in csv.DictReader(file)}
+    expected = {pictures / "empty", pictures / "cog/0.png", val / "empty", val / "cog/0.png", val / "door/1.png"}
+    assert listed == {str(path) for path in expected}
+    data = read_checkpoint(tmp_path / "out/epoch_1.pth").training["data"]
+    evaluated = run(train_eval_main, "-v", val, "-o", tmp_path / "eval", "-c", tmp_path / "out/epoch_1.pth")
+    assert data["val_pair_digest"] in evaluated.stdout
     for file in pictures.rglob("*.png"):
         file.write_text("no picture")
     assert_refused(run(train_main, *arguments(pictures, tmp_path / "b", "-e", 1)), 3, "no training pair can be read")

@@ -58,6 +58,14 @@ def test_every_flipped_byte_of_the_manifest_is_refused(bundle_path: Path) -> Non
             read_bundle(bundle_path)
 
 
+def test_the_same_content_in_other_bytes_is_refused(bundle_path: Path) -> None:
+    manifest = json.loads((bundle_path / MANIFEST).read_text())
+    for text in (json.dumps(manifest), json.dumps(manifest, sort_keys=True, indent=2), json.dumps(manifest, indent=4)):
+        (bundle_path / MANIFEST).write_text(text)
+        with pytest.raises(BundleError, match="not canonical JSON"):
+            read_bundle(bundle_path)
+
+
 @pytest.mark.parametrize("name", [BACKBONE, HEAD])
 def test_a_changed_shortened_or_missing_graph_is_refused(bundle_path: Path, name: str) -> None:
     graph = (bundle_path / name).read_bytes()

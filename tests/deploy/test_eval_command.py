@@ -188,6 +188,11 @@ def test_a_provider_that_cannot_run_is_exit_5(
 ) -> None:
     result = run(siamese_eval, "-v", pictures, "-o", tmp_path / "out", "-c", tiny_bundle, "--provider", "tensorrt")
     assert_refused(result, 5, "provider tensorrt: ")
+    command = [Path(sys.executable).with_name("siamese-eval"), "-v", pictures, "-o", tmp_path / "out"]
+    command += ["-c", tiny_bundle, "--provider", "tensorrt"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert len(done.stderr.splitlines()) == 1  # ONNX Runtime's own warnings included
 
 
 def test_options_are_checked_and_spelled_both_ways(run: RunCommand, pictures: Path, tiny_bundle: Path) -> None:

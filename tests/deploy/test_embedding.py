@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_bundle import DIM
+
+from siamese_deploy import OnnxVerifier
+from siamese_deploy.embedding import BATCH_SIZE, SCORE_CHUNK_PAIRS, embed_images, score_pairs
+from siamese_deploy.errors import InputDataError, IntegrityError
+from siamese_deploy.image_folder import scan_image_folder
+from siamese_deploy.pairs import Pairs, sample_pairs
+from siamese_deploy.preprocess import load_image
+from siamese_deploy.verifier import Embeddings, Images, Scores
+
+
+class Overflowing:
+    """A bundle's verifier whose network overflows on some inputs, as half precision does."""
+
+    def __init__(self, verifier: OnnxVerifier, bad_image: int, bad_score: float) -> None:
+        self.preprocess, self.backend, self.provider = verifier.preprocess, verifier.backend, verifier.provider
+        self.model_digest = verifier.model_digest
+        self._verifier, self._bad_image, self._bad_score = verifier, bad_image, bad_score
+        self.images_embedded = 0
+
+    def embed(self, images: Images) -> Embeddings:
+        embeddings = self._verifier.embed(images)
+        if self.images_embedded <= self._bad_image < self.images_embedded + len(images):
+            embeddings[self._bad_image - self.images_embedded, 3] = np.inf
+        self.images_embedded += len(images)
+        return embeddings
+
+    def score(self, left: Embeddings, right: Embeddings) -> Scores:
+        scores = self._verifier.score(left, right)
+        scores[-1] = self._bad_score
+        return scores
+
+
+@pytest.fixture(scope="module")
+def verifier(tiny_bundle: Path) -> OnnxVerifier:
+    return OnnxVerifier(tiny_bundle, provider="cpu")
+
+
+def test_every_picture_is_embedded_once_and_in_its_row(verifier: OnnxVerifier, pictures: Path) -> None:
+    (pictures / "bolt/2.png").write_text("no picture")
+    for k in range(2 * BATCH_SIZE):
+        (pictures / f"door/copy{k}.png").symlink_to(pictures / "door/0.png")
+    folder = scan_image_folder(pictures)
+    counting = Overflowing(verifier, -1, 0.5)
+    wanted = np.arange(1, len(folder))  # all but the first
+    found = embed_images(counting, folder, wanted)
+    assert counting.images_embedded == len(folder) - 2
+    assert found.vectors.shape == (len(folder) - 2, DIM)
+    assert [file.path for file in found.skipped] == ["bolt/2.png"]
+    assert found.row_of_image[0] == -1
+    assert found.row_of_image[folder.paths.index("bolt/2.png")] == -1
+    for image in (1, 7, len(folder) - 1):
+        alone = verifier.embed(load_image(folder.absolute_path(image), verifier.preprocess)[None])[0]
+        assert found.vectors[found.row_of_image[image]] == pytest.approx(alone, rel=1e-4, abs=1e-5)
+
+
+def test_pairs_are_scored_in_chunks_as_if_at_once(verifier: OnnxVerifier, pictures: Path) -> None:
+    folder = scan_image_folder(pictures)
+    found = embed_images(verifier, folder, np.arange(len(folder)))
+    n_pairs = SCORE_CHUNK_PAIRS + 3
+    left, right = np.arange(n_pairs) % 16, (np.arange(n_pairs) * 7 + 1) % 16
+    scores = score_pairs(verifier, found, Pairs(left, right, folder.labels[left] == folder.labels[right]))
+    assert scores.shape == (n_pairs,)
+    assert scores == pytest.approx(verifier.score(found.vectors[left], found.vectors[right]), abs=1e-6)
+
+
+def test_an_embedding_that_is_not_finite_is_an_error_that_names_the_picture(
+    verifier: OnnxVerifier, pictures: Path
+) -> None:
+    folder = scan_image_folder(pictures)
+    with pytest.raises(IntegrityError, match=r"bolt/1\.png: the network gives no finite embedding"):
+        embed_images(Overflowing(verifier, folder.paths.index("bolt/1.png"), 0.5), folder, np.arange(16))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -0.1, 1.1])
+def test_a_score_outside_0_to_1_is_an_error(verifier: OnnxVerifier, pictures: Path, bad: float) -> None:
+    folder = scan_image_folder(pictures)
+    found = embed_images(verifier, folder, np.arange(16))
+    with pytest.raises(IntegrityError, match=r"NaN or outside \[0, 1\]"):
+        score_pairs(Overflowing(verifier, -1, bad), found, sample_pairs(folder))
+
+
+def test_nothing_to_embed_is_said(verifier: OnnxVerifier, pictures: Path) -> None:
+    folder = scan_image_folder(pictures)
+    with pytest.raises(InputDataError, match="none of 0 pictures can be read"):
+        embed_images(verifier, folder, np.arange(0))

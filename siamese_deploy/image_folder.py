@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,17 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the paths and of the files' sizes in bytes."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            try:
+                size = (self.root / path).stat().st_size
+            except OSError:  # gone since the scan; whoever opens it will say so
+                size = -1
+            digest.update(os.fsencode(path) + b"\0%d\0" % size)
+        return digest.hexdigest()
 
     def absolute_path(self, image: int) -> Path:
         return self.root / self.paths[image]

@@ -17,14 +17,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def interrupts_held() -> Iterator[Callable[[], None]]:
+def interrupts_held() -> Iterator[Callable[..., None]]:
     """Within the block a first SIGINT or SIGTERM only takes effect when the yielded function is called, or at the end.
 
-    It then does what it would have done outside (raise KeyboardInterrupt, say). A second one ends the process at once.
+    It then does what it would have done outside (raise KeyboardInterrupt, say), after calling the argument of the
+    yielded function, if there is one: the place to save. A second signal ends the process at once.
     Outside the main thread, where Python delivers no signals, nothing is held.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield lambda _save=None: None
         return
     process = os.getpid()
     arrived: list[int] = []
@@ -43,8 +44,10 @@ def interrupts_held() -> Iterator[Callable[[], None]]:
         number: signal.signal(number, note) for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
     }
 
-    def let_through() -> None:
+    def let_through(save: Callable[[], object] | None = None) -> None:
         if arrived:
+            if save:
+                save()
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.raise_signal(arrived.pop())

@@ -31,6 +31,7 @@ class Checkpoint:
     image_size: int
     """Pixels; 224 where the file does not say (the reference scripts know no other size)."""
     model_state: dict[str, Any]
+    optimizer_state: dict[str, Any]
     training: dict[str, Any]
     """Settings, counts and metrics; empty for a file of the reference scripts."""
     sha256: str
@@ -58,15 +59,15 @@ def save_checkpoint(
     model: SiameseNetwork,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
-    data: dict[str, Any],
-    metrics: dict[str, float],
+    run: dict[str, Any],
 ) -> None:
+    """Write a checkpoint atomically. `run` is what `Checkpoint.training` holds besides the settings: plain values."""
     content = {
         "epoch": epoch,
         "model_state_dict": model.state_dict(),
         "backbone": config.backbone,
         "optimizer_state_dict": optimizer.state_dict(),
-        "siamese_toolkit": {"format": 1, "config": config.to_json(), "data": data, "metrics": metrics},
+        "siamese_toolkit": {"format": 1, "config": config.to_json(), **run},
     }
     write_atomically(path, lambda file: torch.save(content, file))
 
@@ -106,6 +107,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         backbone=content["backbone"],
         image_size=image_size,
         model_state=content["model_state_dict"],
+        optimizer_state=content["optimizer_state_dict"],
         training=own,
         sha256=hashlib.sha256(data).hexdigest(),
         path=path,

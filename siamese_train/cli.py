@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=1, help="Seed of weights, pair lists, augmentation and dropout.")
 @click.option("--workers", type=int, default=0, help="Processes that load pictures; 0: the training process itself.")
 @click.option("--device", default="auto", help="auto (CUDA if PyTorch has it, else CPU), cpu, cuda or cuda:N.")
+@click.option("--resume", is_flag=True, help="Go on from the newest good checkpoint in OUT_PATH, if there is one.")
+@click.option("--resume_changed", is_flag=True, help="Resume even if settings or pictures changed.")
+@click.option("--save_minutes", type=float, default=5.0, help="Write last.pth at least every so many minutes.")
 def train_main(**settings: Any) -> None:
-    """Train a Siamese network; writes best.pth, epoch_<n>.pth and a TensorBoard summary."""
+    """Train a Siamese network; writes best.pth, epoch_<n>.pth, last.pth and a TensorBoard summary."""
     from siamese_train.config import TrainConfig
 
     config = TrainConfig(**settings)

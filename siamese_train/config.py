@@ -44,6 +44,13 @@ class TrainConfig:
     device: str = "auto"
     """"auto" (CUDA if PyTorch has it, else CPU), "cpu", "cuda" or "cuda:N"."""
 
+    resume: bool = False
+    """Go on from the newest good checkpoint in `out_path`, if there is one."""
+    resume_changed: bool = False
+    """Resume even if settings or pictures changed; the epoch under way then starts again."""
+    save_minutes: float = 5.0
+    """last.pth is written at least every so many minutes, and at the end or when the run is interrupted."""
+
     def __post_init__(self) -> None:
         # Both comparisons are False for NaN.
         _check("--learning_rate", self.learning_rate, 0 < self.learning_rate <= 10, "a number above 0 and at most 10")
@@ -53,7 +60,13 @@ class TrainConfig:
         # BatchNorm in the head cannot learn from a single pair.
         _check("--batch_size", self.batch_size, 2 <= self.batch_size <= 65_536, "2 to 65,536 pairs")
         _check("--seed", self.seed, 0 <= self.seed < 2**32, "0 to 4,294,967,295")
+        _check("--save_minutes", self.save_minutes, 0 <= self.save_minutes <= 1440, "0 to 1440 minutes")
         _check("--workers", self.workers, 0 <= self.workers <= 256, "0 to 256")
+
+    def decisive_settings(self) -> dict[str, Any]:
+        """Those that a resumed run must share with the interrupted one to end in the same weights."""
+        names = ("backbone", "weights", "learning_rate", "epochs", "image_size", "batch_size", "seed", "device")
+        return {name: getattr(self, name) for name in names}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as they are kept in a checkpoint."""

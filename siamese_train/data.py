@@ -38,14 +38,22 @@ class PairBatch(NamedTuple):
 
 
 class EpochSampler(Sampler[list[PairKey]]):
-    """Batches of a new shuffled pair list each epoch, drawn from (seed, epoch); a last short batch is dropped."""
+    """Batches of a new shuffled pair list each epoch, drawn from (seed, epoch); a last short batch is dropped.
+
+    `epoch` and `first_step` say where the next iteration begins.
+    """
 
     def __init__(self, folder: ImageFolder, batch_size: int, seed: int) -> None:
         self.folder, self.batch_size, self.seed = folder, batch_size, seed
         self.epoch = 0
+        self.first_step = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.folder) // self.batch_size
 
     def __len__(self) -> int:
-        return len(self.folder) // self.batch_size
+        return self.steps_per_epoch - self.first_step
 
     def __iter__(self) -> Iterator[list[PairKey]]:
         pairs = sample_pairs(self.folder, (self.seed, self.epoch), shuffle=True)
@@ -55,7 +63,7 @@ class EpochSampler(Sampler[list[PairKey]]):
                 zip(pairs.left.tolist(), pairs.right.tolist(), pairs.is_same.tolist(), strict=True)
             )
         ]
-        for step in range(len(self)):
+        for step in range(self.first_step, self.steps_per_epoch):
             yield keys[step * self.batch_size : (step + 1) * self.batch_size]
 
 
@@ -79,7 +87,7 @@ class AugmentedPairs(Dataset[tuple[np.ndarray, np.ndarray, bool] | SkippedFile])
 def training_batches(
     folder: ImageFolder, preprocess: Preprocess, *, batch_size: int, seed: int, workers: int, pin_memory: bool
 ) -> tuple[EpochSampler, DataLoader[PairBatch]]:
-    """The sampler, whose `epoch` chooses the pair list, and the loader that iterates over it."""
+    """The sampler, which says where an iteration begins, and the loader that iterates over it."""
     sampler = EpochSampler(folder, batch_size, seed)
     loader: DataLoader[PairBatch] = DataLoader(
         AugmentedPairs(folder, preprocess, seed),  # type: ignore[arg-type]
@@ -87,7 +95,8 @@ def training_batches(
         collate_fn=_collate,
         num_workers=workers,
         pin_memory=pin_memory,
-        persistent_workers=False,  # the sampler's epoch reaches new workers only
+        # An own generator: the loader draws from it at each start, and dropout's must not depend on how often that was.
+        generator=torch.Generator(),
     )
     return sampler, loader
 

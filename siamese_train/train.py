@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,8 +27,9 @@ from siamese_deploy.report import skipped_csv
 from siamese_deploy.result_folder import refuse_inside
 from siamese_train.checkpoint import save_checkpoint
 from siamese_train.config import TrainConfig
-from siamese_train.data import training_batches
+from siamese_train.data import EpochSampler, training_batches
 from siamese_train.model import InputNormalisation, SiameseNetwork, load_initial_weights
+from siamese_train.resume import Progress, random_state, resume
 from siamese_train.torch_verifier import TorchVerifier, choose_device
 
 VALIDATION_SEED = 1
@@ -33,7 +37,10 @@ VALIDATION_SEED = 1
 
 
 def train(config: TrainConfig) -> Path:
-    """Train as `config` says; the folder config.out_path then holds best.pth, epoch_<n>.pth and summary/.
+    """Train as `config` says; the folder config.out_path then holds best.pth, epoch_<n>.pth, last.pth and summary/.
+
+    A run that was interrupted at any moment and resumed ends in the same weights as one that was not (on the CPU, bit
+    for bit; on CUDA as far as PyTorch's kernels are deterministic).
 
     Progress goes to stderr, a line per epoch to stdout.
 
@@ -41,13 +48,16 @@ def train(config: TrainConfig) -> Path:
         The path of best.pth, the checkpoint with the lowest validation loss.
 
     Raises:
-        UsageError: the output path is a file or holds checkpoints already; an unknown backbone.
+        UsageError: the output path is a file or holds checkpoints already (without `resume`); an unknown backbone;
+            changed settings (with `resume`).
+        CheckpointError: none of the checkpoints to resume is good.
         BusyError: another run trains into the folder.
         InputDataError: the folders cannot give a batch of training pairs or any validation pair.
         IntegrityError: the loss is not finite; the checkpoints written so far stay.
         EnvironmentFault: the device or pretrained weights are not available.
     """
-    _refuse_used_folder(config.out_path)
+    if not config.resume:
+        _refuse_used_folder(config.out_path)
     for pictures in (config.train_path, config.val_path):
         refuse_inside(config.out_path, pictures)
     device = choose_device(config.device)
@@ -71,7 +81,8 @@ def train(config: TrainConfig) -> Path:
 
     torch.manual_seed(config.seed)
     model = SiameseNetwork(config.backbone, config.image_size)
-    load_initial_weights(model, config.backbone, config.weights)
+    if not config.resume:
+        load_initial_weights(model, config.backbone, config.weights)
     model.to(device)
     normalise = InputNormalisation().to(device)
     verifier = TorchVerifier(model, preprocess, device)
@@ -81,37 +92,55 @@ def train(config: TrainConfig) -> Path:
     data = {
         "train_classes": len(train_folder.class_names),
         "train_images": len(train_folder),
+        "train_digest": train_folder.digest(),
         "val_classes": len(val_folder.class_names),
         "val_images": len(val_folder),
+        "val_digest": val_folder.digest(),
     }
     print(
         f"{config.backbone} on {device}: {data['train_images']} training pictures in {data['train_classes']} classes, "
         f"{data['val_images']} validation pictures in {data['val_classes']} classes",
         flush=True,
     )
-    best_loss = math.inf
-    skipped: dict[str, SkippedFile] = {}
-    _note_skipped(skipped, config.train_path, train_folder.skipped)
-    n_reported = 0
-    started = time.monotonic()
+    skipped = _SkippedPictures(config.out_path / "skipped_pictures.csv")
+    skipped.add(config.train_path, train_folder.skipped)
 
-    with (
-        locked_folder(config.out_path),
-        SummaryWriter(str(config.out_path / "summary")) as writer,
-        interrupts_held() as let_interrupts_through,
-    ):
-        _refuse_used_folder(config.out_path)  # again, now that no other run can be filling it
-        for epoch in range(config.epochs):
+    with locked_folder(config.out_path), interrupts_held() as let_interrupts_through:
+        if config.resume:
+            progress = resume(config, data, model, optimizer)
+            if progress is None:
+                load_initial_weights(model, config.backbone, config.weights)
+        else:
+            _refuse_used_folder(config.out_path)  # again, now that no other run can be filling it
+            progress = None
+        progress = progress or Progress()
+        for stale in config.out_path.glob(".*.pth.*.tmp"):  # of a killed run: the lock proves that none is alive
+            stale.unlink()
+        _write_json(config.out_path / "config.json", config.to_json())
+        writer = SummaryWriter(str(config.out_path / "summary"), purge_step=progress.epoch)
+        saved_at, started, first_epoch = time.monotonic(), time.monotonic(), progress.epoch
+
+        def save(name: str, **run: Any) -> None:
+            run |= {"data": data, "progress": asdict(progress), "random": random_state()}
+            path = config.out_path / name
+            save_checkpoint(path, epoch=progress.epoch, model=model, optimizer=optimizer, config=config, run=run)
+
+        while progress.epoch < config.epochs:
             # learn
-            sampler.epoch = epoch
+            epoch = progress.epoch
+            sampler.epoch, sampler.first_step = epoch, progress.step
             model.train()
-            loss_sum = torch.zeros((), device=device)
-            correct = torch.zeros((), device=device)
-            n_pairs = 0
-            epoch_started = time.monotonic()
-            with _progress_bar(config, epoch, len(sampler)) as progress:
+            loss_sum = torch.tensor(progress.loss_sum, device=device)
+            correct = torch.tensor(progress.correct, device=device)
+            n_images, epoch_started = 0, time.monotonic()
+
+            def save_within_epoch(loss_sum: torch.Tensor = loss_sum, correct: torch.Tensor = correct) -> None:
+                progress.loss_sum, progress.correct = float(loss_sum), int(correct)
+                save("last.pth")
+
+            with _progress_bar(config, epoch, sampler) as bar:
                 for batch in loader:
-                    _note_skipped(skipped, config.train_path, batch.skipped)
+                    skipped.add(config.train_path, batch.skipped)
                     if len(batch.is_same) >= 2:  # BatchNorm cannot learn from one pair
                         left, right, is_same = (
                             tensor.to(device, non_blocking=True) for tensor in (batch.left, batch.right, batch.is_same)
@@ -123,64 +152,86 @@ def train(config: TrainConfig) -> Path:
                         optimizer.zero_grad()
                         loss.backward()
                         optimizer.step()
-                        loss_sum += loss.detach() * len(is_same)
+                        loss_sum += loss.detach() * len(is_same)  # in place, as save_within_epoch reads it
                         correct += ((scores.detach() >= 0.5) == (is_same == 1)).sum()
-                        n_pairs += len(is_same)
-                    progress.update(2 * config.batch_size)
-                    let_interrupts_through()
-            images_per_s = 2 * n_pairs / (time.monotonic() - epoch_started)
-            if n_pairs == 0:
-                raise InputDataError(f"{config.train_path}: no training pair can be read; {_first_reason(skipped)}")
-            train_loss, train_acc = float(loss_sum) / n_pairs, float(correct) / n_pairs
+                        progress.n_pairs += len(is_same)
+                        n_images += 2 * len(is_same)
+                    progress.step += 1
+                    bar.update(2 * config.batch_size)
+                    if time.monotonic() - saved_at >= 60 * config.save_minutes:
+                        _if_possible(save_within_epoch)
+                        saved_at = time.monotonic()
+                    let_interrupts_through(save_within_epoch)
+            images_per_s = n_images / (time.monotonic() - epoch_started)
+            if progress.n_pairs == 0:
+                raise InputDataError(f"{config.train_path}: no training pair can be read; {skipped.first()}")
 
             # validate, with the code that evaluates a bundle
             try:
                 evaluation = evaluate_pairs(verifier, val_folder, val_pairs)
             except IntegrityError as error:
                 raise IntegrityError(_not_finite("validation", epoch, config)) from error
-
-            validation = evaluation.metrics
-            _note_skipped(skipped, config.val_path, evaluation.skipped)
+            skipped.add(config.val_path, evaluation.skipped)
 
             # record
             metrics = {
-                "train_loss": train_loss,
-                "train_acc": train_acc,
-                "val_loss": validation.loss,
-                "val_acc": validation.accuracy,
+                "train_loss": float(loss_sum) / progress.n_pairs,
+                "train_acc": int(correct) / progress.n_pairs,
+                "val_loss": evaluation.metrics.loss,
+                "val_acc": evaluation.metrics.accuracy,
             }
             for name, value in metrics.items():
                 writer.add_scalar(name, value, epoch)
-            names = ["best.pth"] if validation.loss < best_loss else []
+            names = ["best.pth"] if metrics["val_loss"] < progress.best_loss else []
             names += [f"epoch_{epoch + 1}.pth"] if (epoch + 1) % config.save_after == 0 else []
-            best_loss = min(best_loss, validation.loss)
+            best_before, progress.best_loss = progress.best_loss, min(progress.best_loss, metrics["val_loss"])
+            progress.history.append({"epoch": epoch + 1, **metrics})
+            progress.epoch += 1
+            progress.begin_epoch()
+            scored = {"val_pairs": len(evaluation.pairs), "val_pair_digest": evaluation.pair_digest}
             for name in names:
-                save_checkpoint(
-                    config.out_path / name,
-                    epoch=epoch + 1,
-                    model=model,
-                    optimizer=optimizer,
-                    config=config,
-                    data=data | {"val_pairs": len(evaluation.pairs), "val_pair_digest": evaluation.pair_digest},
-                    metrics=metrics,
-                )
-            left_s = (time.monotonic() - started) / (epoch + 1) * (config.epochs - epoch - 1)
+                if not _if_possible(partial(save, name, metrics=metrics, validation=scored)) and name == "best.pth":
+                    progress.best_loss = best_before  # so that the next good one is saved
+            _write_lines(config.out_path / "metrics.jsonl", progress.history)
+            left_s = (time.monotonic() - started) / (progress.epoch - first_epoch) * (config.epochs - progress.epoch)
             print(
                 f"epoch {epoch + 1}/{config.epochs}  "
-                f"train loss {train_loss:.4f} acc {train_acc:.4f}  "
-                f"val loss {validation.loss:.4f} acc {validation.accuracy:.4f}  "
+                f"train loss {metrics['train_loss']:.4f} acc {metrics['train_acc']:.4f}  "
+                f"val loss {metrics['val_loss']:.4f} acc {metrics['val_acc']:.4f}  "
                 f"{images_per_s:.0f} images/s  {tqdm.format_interval(left_s)} left"
                 + (f"  -> {', '.join(names)}" if names else ""),
                 flush=True,
             )
-            if len(skipped) > n_reported:
-                n_reported = len(skipped)
-                listing = config.out_path / "skipped_pictures.csv"
-                write_atomically(listing, lambda file: file.write(skipped_csv(list(skipped.values()))))
-                print(
-                    one_line(f"skipped {len(skipped)} files ({_first_reason(skipped)}); see {listing}"), file=sys.stderr
-                )
+            skipped.report()
+            let_interrupts_through(partial(save, "last.pth"))
+        save("last.pth")
+        writer.close()
     return config.out_path / "best.pth"
+
+
+class _SkippedPictures:
+    """Files that could not be used, each once and with its root; listed in a CSV file that grows with them."""
+
+    def __init__(self, listing: Path) -> None:
+        self.listing = listing
+        self._files: dict[str, SkippedFile] = {}
+        self._n_reported = 0
+
+    def add(self, root: Path, files: Iterable[SkippedFile]) -> None:
+        for file in files:
+            path = str(root / file.path)
+            self._files.setdefault(path, SkippedFile(path, file.reason))
+
+    def first(self) -> str:
+        file = next(iter(self._files.values()))
+        return f"first: {file.path}: {file.reason}"
+
+    def report(self) -> None:
+        if len(self._files) > self._n_reported:
+            self._n_reported = len(self._files)
+            write_atomically(self.listing, lambda file: file.write(skipped_csv(list(self._files.values()))))
+            message = f"skipped {len(self._files)} files ({self.first()}); see {self.listing}"
+            print(one_line(message), file=sys.stderr)
 
 
 def _refuse_used_folder(out_path: Path) -> None:
@@ -189,30 +240,42 @@ def _refuse_used_folder(out_path: Path) -> None:
     checkpoints = sorted(file.name for file in out_path.glob("*.pth"))
     if checkpoints:
         raise UsageError(
-            f"{out_path}: holds checkpoints of an earlier run ({checkpoints[0]}, ...); choose another folder"
+            f"{out_path}: holds checkpoints of an earlier run ({checkpoints[0]}, ...); go on with it by --resume, or "
+            "choose another folder"
         )
 
 
-def _progress_bar(config: TrainConfig, epoch: int, steps: int) -> tqdm:
+def _if_possible(save: Callable[[], None]) -> bool:
+    """Save; a full disk or the like is said and costs only this file: the earlier one is still there."""
+    try:
+        save()
+    except OSError as error:
+        print(
+            one_line(f"not saved: {error.filename or 'checkpoint'}: {error.strerror}; training goes on"),
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def _write_lines(path: Path, rows: list[dict[str, float]]) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _progress_bar(config: TrainConfig, epoch: int, sampler: EpochSampler) -> tqdm:
     return tqdm(
-        total=2 * config.batch_size * steps,
+        total=2 * config.batch_size * sampler.steps_per_epoch,
+        initial=2 * config.batch_size * sampler.first_step,
         desc=f"epoch {epoch + 1}/{config.epochs}",
         unit="image",
         leave=False,
         disable=None,  # off where stderr is no terminal
     )
-
-
-def _note_skipped(skipped: dict[str, SkippedFile], root: Path, files: Iterable[SkippedFile]) -> None:
-    """Once for each file, with its root: a training and a validation picture may have the same name."""
-    for file in files:
-        path = str(root / file.path)
-        skipped.setdefault(path, SkippedFile(path, file.reason))
-
-
-def _first_reason(skipped: dict[str, SkippedFile]) -> str:
-    first = next(iter(skipped.values()))
-    return f"first: {first.path}: {first.reason}"
 
 
 def _not_finite(what: str, epoch: int, config: TrainConfig) -> str:

@@ -66,7 +66,6 @@ def own_checkpoint(path: Path, network: SiameseNetwork, backbone: str, image_siz
         model=network,
         optimizer=torch.optim.Adam(network.parameters()),
         config=config,
-        data={"train_images": 16},
-        metrics={"val_loss": 0.5},
+        run={"data": {"train_images": 16}, "metrics": {"val_loss": 0.5}},
     )
     return path

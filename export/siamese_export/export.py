@@ -93,7 +93,9 @@ def _build(checkpoint: Checkpoint, reference: TorchVerifier) -> Bundle:
         created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         about={
             "checkpoint": {"sha256": checkpoint.sha256, "epoch": checkpoint.epoch},
-            "training": {key: checkpoint.training[key] for key in ("data", "metrics") if key in checkpoint.training},
+            "training": {
+                key: checkpoint.training[key] for key in ("data", "metrics", "validation") if key in checkpoint.training
+            },
             "tools": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__}
             | {name: metadata.version(name) for name in _TOOLS},
         },

@@ -32,7 +32,9 @@ def test_writes_checkpoints_and_the_references_scalars(run: RunCommand, pictures
     assert result.exit_code == 0, result.output
     assert "epoch 4/4" in result.stdout
     assert "images/s" in result.stdout
-    assert sorted(file.name for file in out.iterdir()) == ["best.pth", "epoch_2.pth", "epoch_4.pth", "summary"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "best.pth", "config.json", "epoch_2.pth", "epoch_4.pth", "last.pth", "metrics.jsonl", "summary",
+    ]  # fmt: skip
     events = EventAccumulator(str(out / "summary")).Reload()
     scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert sorted(scalars) == ["train_acc", "train_loss", "val_acc", "val_loss"]
@@ -70,7 +72,7 @@ def test_a_folder_with_checkpoints_or_a_file_is_refused(run: RunCommand, picture
     out = tmp_path / "out"
     out.mkdir()
     (out / "epoch_25.pth").write_bytes(b"precious")
-    assert_refused(run(train_main, *arguments(pictures, out)), 2, "epoch_25.pth", "choose another folder")
+    assert_refused(run(train_main, *arguments(pictures, out)), 2, "epoch_25.pth", "--resume")
     assert (out / "epoch_25.pth").read_bytes() == b"precious"
     assert_refused(run(train_main, *arguments(pictures, out / "epoch_25.pth")), 2, "is a file")
     assert_refused(run(train_main, *arguments(pictures, pictures / "run")), 2, "lies in the picture folder")
@@ -126,7 +128,7 @@ def test_unreadable_pictures_do_not_stop_a_run_and_are_listed(run: RunCommand, p
         listed = {row["path"] for row in csv.DictReader(file)}
     expected = {pictures / "empty", pictures / "cog/0.png", val / "empty", val / "cog/0.png", val / "door/1.png"}
     assert listed == {str(path) for path in expected}
-    data = read_checkpoint(tmp_path / "out/epoch_1.pth").training["data"]
+    data = read_checkpoint(tmp_path / "out/epoch_1.pth").training["validation"]
     evaluated = run(train_eval_main, "-v", val, "-o", tmp_path / "eval", "-c", tmp_path / "out/epoch_1.pth")
     assert data["val_pair_digest"] in evaluated.stdout
     for file in pictures.rglob("*.png"):

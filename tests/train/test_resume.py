@@ -1,0 +1,222 @@
+"""A run that was stopped at any moment and resumed ends as the undisturbed one, bit for bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RunCommand, assert_refused
+from networks import SMALL, random_network, reference_checkpoint
+
+from siamese_deploy.durable_files import locked_folder
+from siamese_train.checkpoint import read_checkpoint
+from siamese_train.cli import train_main
+from siamese_train.config import TrainConfig
+from siamese_train.train import train
+
+STEPS_PER_EPOCH = 3  # 16 pictures, 5 pairs a batch
+EPOCHS = 3
+
+
+def config_for(pictures: Path, out: Path, **changes: Any) -> TrainConfig:
+    return TrainConfig(
+        pictures, pictures, out, backbone="shufflenet_v2_x0_5", weights="none", learning_rate=1e-3, epochs=EPOCHS,
+        image_size=32, batch_size=5, **changes,
+    )  # fmt: skip
+
+
+def outcome(out: Path) -> tuple[dict[str, Any], list[Any], str]:
+    """Weights, optimiser and log at the end of a run."""
+    last = read_checkpoint(out / "last.pth")
+    assert last.epoch == EPOCHS
+    return last.model_state, list(last.optimizer_state["state"].values()), (out / "metrics.jsonl").read_text()
+
+
+def assert_equal(first: Path, second: Path) -> None:
+    weights, optimiser, log = outcome(first)
+    other_weights, other_optimiser, other_log = outcome(second)
+    assert all(torch.equal(value, other_weights[key]) for key, value in weights.items())
+    for moments, other_moments in zip(optimiser, other_optimiser, strict=True):
+        assert all(torch.equal(value, other_moments[key]) for key, value in moments.items())
+    assert log == other_log
+    best, other_best = read_checkpoint(first / "best.pth"), read_checkpoint(second / "best.pth")
+    assert best.training["metrics"] == other_best.training["metrics"]
+    assert all(torch.equal(value, other_best.model_state[key]) for key, value in best.model_state.items())
+
+
+def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C arrives while the optimiser takes this step of the process (from 1)."""
+    take_step = torch.optim.Adam.step
+    taken = 0
+
+    def counting(self: torch.optim.Adam, *arguments: Any, **more: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == step:
+            signal.raise_signal(signal.SIGINT)
+        return take_step(self, *arguments, **more)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counting)
+
+
+def check_interrupted_at(step: int, workers: int, pictures: Path, straight: Path, out: Path) -> None:
+    config = config_for(pictures, out, workers=workers)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(step, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    saved = read_checkpoint(out / "last.pth").training["progress"]
+    assert (saved["epoch"], saved["step"]) == divmod(step, STEPS_PER_EPOCH) or saved["step"] == STEPS_PER_EPOCH
+    torch.manual_seed(987)  # whatever the process did in between
+    train(replace(config, resume=True))
+    assert_equal(out, straight)
+
+
+@pytest.mark.parametrize(("step", "workers"), [(1, 0), (3, 0), (5, 2)])
+def test_resumed_run_is_bit_equal(pictures: Path, tmp_path: Path, step: int, workers: int) -> None:
+    train(config_for(pictures, tmp_path / "straight"))
+    check_interrupted_at(step, workers, pictures, tmp_path / "straight", tmp_path / "resumed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_is_bit_equal_at_every_step(pictures: Path, tmp_path: Path, workers: int) -> None:
+    train(config_for(pictures, tmp_path / "straight"))
+    for step in range(1, EPOCHS * STEPS_PER_EPOCH + 1):
+        check_interrupted_at(step, workers, pictures, tmp_path / "straight", tmp_path / f"resumed{step}")
+
+
+@pytest.mark.slow
+def test_killed_at_random_times(pictures: Path, tmp_path: Path) -> None:
+    """SIAMESE_KILLS=100 for the long version."""
+    train(config_for(pictures, tmp_path / "straight"))
+    out = tmp_path / "killed"
+    options = ["--train_path", pictures, "--val_path", pictures, "-o", out, "-b", "shufflenet_v2_x0_5"]
+    options += ["--weights", "none", "-lr", "1e-3", "-e", EPOCHS, "--image_size", 32, "--batch_size", 5]
+    options += ["--resume", "--save_minutes", 0]
+    command = [str(part) for part in [Path(sys.executable).with_name("siamese-train"), *options]]
+    kills = int(os.environ.get("SIAMESE_KILLS", "5"))
+    chance = random.Random(1)  # noqa: S311
+    started = time.monotonic()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    whole_s = time.monotonic() - started
+    shutil.rmtree(out)
+    killed = 0
+    while killed < kills:
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        time.sleep(chance.uniform(0.4, 1.0) * whole_s)
+        killed += child.poll() is None
+        child.kill()
+        _, stderr = child.communicate()
+        assert child.returncode in (0, -signal.SIGKILL), stderr
+        if child.returncode == 0 and killed < kills:
+            assert_equal(out, tmp_path / "straight")
+            shutil.rmtree(out)
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert_equal(out, tmp_path / "straight")
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_resuming_a_finished_run_changes_nothing_and_an_empty_folder_starts(
+    run: RunCommand, pictures: Path, tmp_path: Path
+) -> None:
+    options = ["--train_path", pictures, "--val_path", pictures, "-o", tmp_path / "out", "--weights", "none"]
+    options += ["-b", "shufflenet_v2_x0_5", "--image_size", 32, "-e", 1, "--resume"]
+    first = run(train_main, *options)
+    assert (first.exit_code, "starting a new run" in first.stderr) == (0, True)
+    before = read_checkpoint(tmp_path / "out/last.pth").model_state
+    second = run(train_main, *options)
+    assert (second.exit_code, "epoch 1/1" in second.stdout) == (0, False)
+    after = read_checkpoint(tmp_path / "out/last.pth").model_state
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+    changed = run(train_main, *options, "-e", 2, "-lr", "1e-3")
+    assert_refused(changed, 2, "--learning_rate was 0.0001, is 0.001", "--epochs was 1, is 2", "--resume_changed")
+    (pictures / "door/3.png").unlink()
+    assert_refused(run(train_main, *options), 3, "train_images was 16, is 15", "--resume_changed")
+    allowed = run(train_main, *options, "-e", 2, "-lr", "1e-3", "--resume_changed")
+    assert allowed.exit_code == 0, allowed.output
+    assert "epoch 2/2" in allowed.stdout
+    log = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in log] == [1, 2]
+    settings = json.loads((tmp_path / "out/config.json").read_text())
+    assert (settings["epochs"], settings["learning_rate"]) == (2, 1e-3)
+    assert read_checkpoint(tmp_path / "out/last.pth").optimizer_state["param_groups"][0]["lr"] == 1e-3
+
+
+def test_damaged_checkpoints_are_passed_over(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    train(config_for(pictures, straight, save_after=1))
+    out.mkdir()
+    for name in ("best.pth", "epoch_1.pth"):
+        shutil.copy(straight / name, out)
+        time.sleep(0.01)
+    (out / "last.pth").write_bytes((straight / "last.pth").read_bytes()[:-1000])
+    train(config_for(pictures, out, resume=True))
+    stderr = capsys.readouterr().err
+    assert "passed over: " in stderr
+    assert "last.pth" in stderr
+    assert_equal(out, straight)
+
+
+def test_folders_without_a_run_to_resume(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
+    options = ["--train_path", pictures, "--val_path", pictures, "-o", tmp_path / "out", "--weights", "none"]
+    options += ["-b", SMALL[0], "--image_size", SMALL[1], "-e", 1, "--resume"]
+    (tmp_path / "out").mkdir()
+    reference_checkpoint(tmp_path / "out/best.pth", random_network(), SMALL[0])
+    assert_refused(run(train_main, *options), 4, "holds weights and no run to resume")
+    (tmp_path / "out/best.pth").write_bytes(b"junk")
+    result = run(train_main, *options)
+    assert result.exit_code == 4
+    assert "none of 1 checkpoints can be read" in result.stderr
+    (tmp_path / "out/best.pth").unlink()
+    with locked_folder(tmp_path / "out"):
+        assert_refused(run(train_main, *options), 6, "another run writes into this folder")
+
+
+def test_a_full_disk_costs_one_save_and_not_the_run(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from siamese_train import train as module
+
+    save, calls = module.save_checkpoint, []
+
+    def full_at_first(path: Path, **content: Any) -> None:
+        calls.append(path.name)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(path, **content)
+
+    monkeypatch.setattr(module, "save_checkpoint", full_at_first)
+    train(config_for(pictures, tmp_path / "out", save_after=1))
+    assert calls[:2] == ["best.pth", "epoch_1.pth"]
+    assert "No space left on device; training goes on" in capsys.readouterr().err
+    # the lost best.pth was tried again, whether or not a later epoch was better than the first
+    assert calls[2] == "best.pth"
+    assert read_checkpoint(tmp_path / "out/best.pth").epoch >= 2
+
+
+def test_last_is_written_as_often_as_asked(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from siamese_train import train as module
+
+    saved = []
+    monkeypatch.setattr(module, "save_checkpoint", lambda path, **content: saved.append(path.name))
+    train(config_for(pictures, tmp_path / "a", save_minutes=0))
+    assert saved.count("last.pth") == EPOCHS * STEPS_PER_EPOCH + 1
+    saved.clear()
+    train(config_for(pictures, tmp_path / "b"))
+    assert saved.count("last.pth") == 1

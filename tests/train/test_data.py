@@ -10,7 +10,7 @@ from PIL import Image
 from siamese_deploy.image_folder import scan_image_folder
 from siamese_deploy.preprocess import Preprocess, load_image
 from siamese_train.augment import augment
-from siamese_train.data import PairBatch, training_batches
+from siamese_train.data import EpochSampler, PairBatch, training_batches
 
 
 def batches(root: Path, *, epoch: int = 0, workers: int = 0, seed: int = 1, batch_size: int = 5) -> list[PairBatch]:
@@ -51,6 +51,20 @@ def test_every_epoch_and_seed_has_its_own_list(pictures: Path) -> None:
     first = pixels(batches(pictures))
     assert not torch.equal(first, pixels(batches(pictures, epoch=1)))
     assert not torch.equal(first, pixels(batches(pictures, seed=2)))
+
+
+def test_the_pair_list_itself_is_new_each_epoch_and_can_be_entered_anywhere(pictures: Path) -> None:
+    sampler = EpochSampler(scan_image_folder(pictures), 5, seed=1)
+    lists = []
+    for epoch in (0, 1):
+        sampler.epoch = epoch
+        lists.append([(key.left, key.right) for keys in sampler for key in keys])
+        assert {key.epoch for keys in sampler for key in keys} == {epoch}
+    assert lists[0] != lists[1]
+    whole = list(sampler)
+    sampler.first_step = 2
+    assert list(sampler) == whole[2:]
+    assert (len(sampler), sampler.steps_per_epoch) == (1, 3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

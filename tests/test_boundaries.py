@@ -66,9 +66,13 @@ def test_help_and_version_need_only_click() -> None:
         "module, name = sys.argv.pop(1).split(':')\n"
         "getattr(import_module(module), name)()"
     )
-    for command in ("siamese_deploy.cli:main", "siamese_deploy.cli.eval:main", "siamese_deploy.cli.demo_data:main"):
+    for command in ("", ".eval", ".verify", ".demo_data"):
         for option in ("--help", "--version"):
-            subprocess.run([sys.executable, "-c", code, command, option], check=True, capture_output=True)
+            subprocess.run(
+                [sys.executable, "-c", code, f"siamese_deploy.cli{command}:main", option],
+                check=True,
+                capture_output=True,
+            )
 
 
 def test_every_listed_subcommand_loads() -> None:

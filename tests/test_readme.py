@@ -30,7 +30,8 @@ def test_commands_and_program_run_as_printed(tmp_path: Path) -> None:
         if command[0] == "siamese-train":
             command[command.index("-e") + 1] = "1"
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, (command, done.stderr)
+        # with one epoch of training "verify" may decide either way
+        assert done.returncode in ((0, 10) if "verify" in command else (0,)), (command, done.stderr)
         outputs.append(done.stdout)
     printed_digests = re.findall(r"pair digest: (\w{64})", README)
     assert printed_digests

@@ -10,6 +10,7 @@ import click
 from siamese_deploy.cli.command import usage_errors_on_one_line
 
 _COMMANDS = {
+    "verify": "compare two pictures: exit code 0 match, 10 no match",
     "eval": "evaluate a bundle on a folder of pictures",
     "demo_data": "draw a small data set of made-up characters",
 }

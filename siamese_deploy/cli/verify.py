@@ -1,0 +1,40 @@
+"""`siamese verify`: do these two pictures show the same thing?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from siamese_deploy.cli.command import PATH, Command
+from siamese_deploy.errors import UsageError, one_line
+from siamese_deploy.providers import CHOICES
+
+NO_MATCH = 10
+
+
+@click.command(cls=Command, name="verify")
+@click.argument("left", type=PATH)
+@click.argument("right", type=PATH)
+@click.option("-c", "--checkpoint", "bundle", required=True, type=PATH, help="Bundle folder.")
+@click.option("--provider", type=click.Choice(CHOICES), default="auto", help="Where to run, as in siamese-eval.")
+@click.option("--threshold", type=float, help="Accept from this score on, 0 to 1.  [default: the bundle's]")
+def main(left: Path, right: Path, bundle: Path, provider: str, threshold: float | None) -> None:
+    """Compare the pictures LEFT and RIGHT.
+
+    Exit code 0 means match, 10 no match, anything else that nothing was decided; so `siamese verify A B -c BUNDLE &&
+    open_the_gate` is safe.
+    """
+    if threshold is not None and not 0 <= threshold <= 1:  # also refuses NaN, which click's own range lets through
+        raise UsageError(f"--threshold: expected a number from 0 to 1, got {threshold}")
+    from siamese_deploy.runtime import OnnxVerifier
+
+    verifier = OnnxVerifier(bundle, provider=provider)
+    score = verifier.compare(left, right)
+    if threshold is None:
+        threshold = verifier.threshold
+    match = score >= threshold
+    click.echo(one_line(f"{'match' if match else 'no match'}: score {score:.4f}, threshold {threshold:.4f}"))
+    if not match:
+        sys.exit(NO_MATCH)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from conftest import RunCommand, assert_refused
+from onnx import numpy_helper
+from tiny_bundle import make_bundle
+
+from siamese_deploy import OnnxVerifier
+from siamese_deploy.cli import main as siamese
+
+
+def test_decides_by_the_bundles_threshold_or_the_given_one(run: RunCommand, pictures: Path, tiny_bundle: Path) -> None:
+    pair = (pictures / "apple/0.png", pictures / "bolt/1.png")
+    score = OnnxVerifier(tiny_bundle, provider="cpu").compare(*pair)
+    expected = (0, "match: score ") if score >= 0.5 else (10, "no match: score ")
+    result = run(siamese, "verify", *pair, "-c", tiny_bundle, "--provider", "cpu")
+    assert (result.exit_code, result.stdout.startswith(expected[1])) == (expected[0], True)
+    assert f"{score:.4f}, threshold 0.5000" in result.stdout
+    assert result.stderr == ""
+    for threshold, exit_code in ((0, 0), (score, 0), (score + 1e-6, 10), (1, 10)):
+        result = run(siamese, "verify", *pair, "-c", tiny_bundle, "--threshold", threshold)
+        assert (result.exit_code, result.stdout.startswith("match")) == (exit_code, exit_code == 0)
+
+
+def test_whatever_goes_wrong_is_neither_match_nor_no_match(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    good = pictures / "apple/0.png"
+    (tmp_path / "bad.png").write_bytes(good.read_bytes()[:200])
+    for left, right in ((good, tmp_path / "absent.png"), (tmp_path / "bad.png", good), (good, pictures)):
+        assert_refused(run(siamese, "verify", left, right, "-c", tiny_bundle, "--threshold", 0), 3)
+    assert_refused(run(siamese, "verify", good, good, "-c", tmp_path / "absent"), 3, "no such bundle")
+    assert_refused(run(siamese, "verify", good, good, "-c", tmp_path), 4, "is no bundle")
+    assert_refused(run(siamese, "verify", good, "-c", tiny_bundle), 2, "RIGHT")
+    for threshold in ("nan", "-0.1", "1.1", "x"):
+        result = run(siamese, "verify", good, good, "-c", tiny_bundle, "--threshold", threshold)
+        assert_refused(result, 2, "--threshold")
+    assert_refused(run(siamese, "verify", good, good, "-c", tiny_bundle, "--provider", "tensorrt"), 5)
+
+
+def overflow_beyond_the_golden_picture(model: onnx.ModelProto) -> None:
+    """A bias that turns white pictures, and not the golden one, into NaN."""
+    nodes = list(model.graph.node)
+    # sqrt(limit - max of the picture): negative only where a whole 4x4 patch is white
+    model.graph.initializer.append(numpy_helper.from_array(numpy_helper.np.float32(1.9), "limit"))
+    pooled = onnx.helper.make_node("AveragePool", ["normalised"], ["patches"], kernel_shape=[16, 16])
+    peak = onnx.helper.make_node("ReduceMax", ["patches"], ["peak"], keepdims=0)
+    room = onnx.helper.make_node("Sub", ["limit", "peak"], ["room"])
+    root = onnx.helper.make_node("Sqrt", ["room"], ["root"])
+    zero = onnx.helper.make_node("Sub", ["root", "root"], ["nan_or_zero"])
+    last = onnx.helper.make_node("Add", ["product", "nan_or_zero"], ["embeddings"])
+    nodes[-1].output[0] = "product"
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, pooled, peak, room, root, zero, last])
+
+
+def test_nan_is_never_a_match(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    make_bundle(overflow_beyond_the_golden_picture).write(tmp_path / "bundle")
+    Image.new("RGB", (40, 40), (255, 255, 255)).save(tmp_path / "white.png")
+    good = pictures / "apple/0.png"
+    assert run(siamese, "verify", good, good, "-c", tmp_path / "bundle").exit_code in (0, 10)
+    result = run(siamese, "verify", tmp_path / "white.png", good, "-c", tmp_path / "bundle", "--threshold", 0)
+    assert_refused(result, 4, "gives the score nan")
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_says_what_the_exit_codes_mean(run: RunCommand, option: str) -> None:
+    assert "0 means match, 10 no match" in " ".join(run(siamese, "verify", option).stdout.split())

@@ -1,4 +1,4 @@
 """Learn the Siamese network with PyTorch.
 
-Reading order: config, model, augment, data, checkpoint, torch_verifier, train, cli.
+Reading order: config, model, augment, data, weights, checkpoint, torch_verifier, resume, train, cli.
 """

@@ -7,7 +7,6 @@ those loads here, and theirs load ours, which has one key more, `siamese_toolkit
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ import torch
 from siamese_deploy.durable_files import write_atomically
 from siamese_deploy.errors import CheckpointError, InputDataError, UsageError
 from siamese_train.config import TrainConfig
-from siamese_train.model import SiameseNetwork, load_strictly
+from siamese_train.model import SiameseNetwork
+from siamese_train.weights import load_safely, load_strictly
 
 REFERENCE_IMAGE_SIZE = 224
 _REQUIRED = {"epoch": int, "model_state_dict": dict, "backbone": str, "optimizer_state_dict": dict}
@@ -112,21 +112,3 @@ def read_checkpoint(path: Path) -> Checkpoint:
         sha256=hashlib.sha256(data).hexdigest(),
         path=path,
     )
-
-
-def load_safely(path: Path, data: bytes) -> dict[str, Any]:
-    """torch.load(weights_only=True) of a dictionary, onto the CPU; `data` are the bytes of the file `path`.
-
-    Raises:
-        CheckpointError: not a file of torch.save, damaged, or one that holds more than plain data.
-    """
-    try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # pickle, zip, storage and attribute errors of many kinds
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise CheckpointError(f"{path}: damaged, or no checkpoint ({type(error).__name__}: {reason})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: is no checkpoint (expected a dictionary, got {type(content).__name__})")
-    return content

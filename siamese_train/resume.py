@@ -13,7 +13,8 @@ import torch
 from siamese_deploy.errors import CheckpointError, InputDataError, UsageError, one_line
 from siamese_train.checkpoint import Checkpoint, read_checkpoint
 from siamese_train.config import TrainConfig
-from siamese_train.model import SiameseNetwork, load_strictly
+from siamese_train.model import SiameseNetwork
+from siamese_train.weights import load_strictly
 
 
 @dataclasses.dataclass

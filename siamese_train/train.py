@@ -28,9 +28,10 @@ from siamese_deploy.result_folder import refuse_inside
 from siamese_train.checkpoint import save_checkpoint
 from siamese_train.config import TrainConfig
 from siamese_train.data import EpochSampler, training_batches
-from siamese_train.model import InputNormalisation, SiameseNetwork, load_initial_weights
+from siamese_train.model import InputNormalisation, SiameseNetwork
 from siamese_train.resume import Progress, random_state, resume
 from siamese_train.torch_verifier import TorchVerifier, choose_device
+from siamese_train.weights import load_initial_weights
 
 VALIDATION_SEED = 1
 """siamese-train-eval's default: its figures for best.pth are those of the training log, whatever --seed was."""

@@ -7,6 +7,7 @@ those loads here, and theirs load ours, which has one key more, `siamese_toolkit
 from __future__ import annotations
 
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from siamese_deploy.durable_files import write_atomically
 from siamese_deploy.errors import CheckpointError, InputDataError, UsageError
 from siamese_train.config import TrainConfig
 from siamese_train.model import SiameseNetwork
-from siamese_train.weights import load_safely, load_strictly
+from siamese_train.weights import load_safely, load_strictly, require_finite
 
 REFERENCE_IMAGE_SIZE = 224
 _REQUIRED = {"epoch": int, "model_state_dict": dict, "backbone": str, "optimizer_state_dict": dict}
@@ -61,7 +62,13 @@ def save_checkpoint(
     config: TrainConfig,
     run: dict[str, Any],
 ) -> None:
-    """Write a checkpoint atomically. `run` is what `Checkpoint.training` holds besides the settings: plain values."""
+    """Write a checkpoint atomically. `run` is what `Checkpoint.training` holds besides the settings: plain values.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite; nothing is written.
+        OSError: the file cannot be written; the earlier one is untouched.
+    """
+    require_finite(model.state_dict(), str(path))
     content = {
         "epoch": epoch,
         "model_state_dict": model.state_dict(),
@@ -69,7 +76,10 @@ def save_checkpoint(
         "optimizer_state_dict": optimizer.state_dict(),
         "siamese_toolkit": {"format": 1, "config": config.to_json(), **run},
     }
-    write_atomically(path, lambda file: torch.save(content, file))
+    # By way of memory: PyTorch reports a disk that fills while it writes as an error of its own kind.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -65,7 +65,7 @@ class TrainConfig:
 
     def decisive_settings(self) -> dict[str, Any]:
         """Those that a resumed run must share with the interrupted one to end in the same weights."""
-        names = ("backbone", "weights", "learning_rate", "epochs", "image_size", "batch_size", "seed", "device")
+        names = ("backbone", "weights", "learning_rate", "epochs", "image_size", "batch_size", "seed")
         return {name: getattr(self, name) for name in names}
 
     def to_json(self) -> dict[str, Any]:

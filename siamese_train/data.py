@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -95,10 +96,17 @@ def training_batches(
         collate_fn=_collate,
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
         # An own generator: the loader draws from it at each start, and dropout's must not depend on how often that was.
         generator=torch.Generator(),
     )
     return sampler, loader
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    # Ctrl-C and `systemctl stop` reach the whole process group; the training process saves and then ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(items: list[tuple[np.ndarray, np.ndarray, bool] | SkippedFile]) -> PairBatch:

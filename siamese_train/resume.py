@@ -14,7 +14,7 @@ from siamese_deploy.errors import CheckpointError, InputDataError, UsageError, o
 from siamese_train.checkpoint import Checkpoint, read_checkpoint
 from siamese_train.config import TrainConfig
 from siamese_train.model import SiameseNetwork
-from siamese_train.weights import load_strictly
+from siamese_train.weights import load_strictly, require_finite
 
 
 @dataclasses.dataclass
@@ -33,22 +33,27 @@ class Progress:
     """Lowest validation loss of a completed epoch."""
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     """Metrics of each completed epoch."""
+    validation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Number and digest of the pairs that the last epoch was validated on."""
+    due: list[str] = dataclasses.field(default_factory=list)
+    """Checkpoints that the epoch just completed must leave; a run killed between two of them writes them again."""
 
     def begin_epoch(self) -> None:
         self.step = self.correct = self.n_pairs = 0
         self.loss_sum = 0.0
 
 
-def random_state() -> dict[str, Any]:
-    """PyTorch's generators, which draw the dropout. Pair lists and augmentation are seeded by epoch and position."""
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+def random_state(device: torch.device) -> torch.Tensor:
+    """Of PyTorch's generator, which draws the dropout. Pair lists and augmentation are seeded by epoch and position."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def resume(
-    config: TrainConfig, data: dict[str, Any], model: SiameseNetwork, optimizer: torch.optim.Optimizer
+    config: TrainConfig,
+    data: dict[str, Any],
+    device: torch.device,
+    model: SiameseNetwork,
+    optimizer: torch.optim.Optimizer,
 ) -> Progress | None:
     """Put the newest good checkpoint of config.out_path into `model`, `optimizer` and PyTorch's generators.
 
@@ -67,7 +72,8 @@ def resume(
     own = checkpoint.training
     if "progress" not in own:
         raise CheckpointError(f"{checkpoint.path}: holds weights and no run to resume; start from it with --weights")
-    changed = _changes(own["config"], config.decisive_settings(), "--")
+    before = own["config"] | {"device": own["device"]}
+    changed = _changes(before, config.decisive_settings() | {"device": device.type}, "--")
     changed_data = _changes(own["data"], data, "")
     if changed_data and not config.resume_changed:
         raise InputDataError(
@@ -80,12 +86,15 @@ def resume(
     optimizer.load_state_dict(checkpoint.optimizer_state)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate
-    torch.set_rng_state(own["random"]["torch"])
-    if len(own["random"]["cuda"]) == torch.cuda.device_count() > 0:
-        torch.cuda.set_rng_state_all(own["random"]["cuda"])
+    if own["device"] == device.type == "cuda":
+        torch.cuda.set_rng_state(own["random"], device)
+    elif own["device"] == device.type:
+        torch.set_rng_state(own["random"])
     progress = Progress(**own["progress"])
     if changed or changed_data:
         progress.begin_epoch()  # steps of another pair list do not count
+    if changed_data or before["image_size"] != config.image_size:
+        progress.best_loss = math.inf  # a loss on other pictures is no measure for these
     print(one_line(f"resuming {checkpoint.path}: epoch {progress.epoch + 1}, step {progress.step}"), file=sys.stderr)
     return progress
 
@@ -95,7 +104,9 @@ def _newest_good(out_path: Path) -> Checkpoint | None:
     files = sorted(out_path.glob("*.pth"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
     for file in files:
         try:
-            return read_checkpoint(file)
+            checkpoint = read_checkpoint(file)
+            require_finite(checkpoint.model_state, str(file))
+            return checkpoint
         except CheckpointError as error:
             print(one_line(f"passed over: {error}"), file=sys.stderr)
     if files:

@@ -82,7 +82,7 @@ def train(config: TrainConfig) -> Path:
 
     torch.manual_seed(config.seed)
     model = SiameseNetwork(config.backbone, config.image_size)
-    if not config.resume:
+    if not config.resume or not any(config.out_path.glob("*.pth")):
         load_initial_weights(model, config.backbone, config.weights)
     model.to(device)
     normalise = InputNormalisation().to(device)
@@ -108,27 +108,38 @@ def train(config: TrainConfig) -> Path:
 
     with locked_folder(config.out_path), interrupts_held() as let_interrupts_through:
         if config.resume:
-            progress = resume(config, data, model, optimizer)
-            if progress is None:
-                load_initial_weights(model, config.backbone, config.weights)
+            progress = resume(config, data, device, model, optimizer) or Progress()
         else:
             _refuse_used_folder(config.out_path)  # again, now that no other run can be filling it
-            progress = None
-        progress = progress or Progress()
-        for stale in config.out_path.glob(".*.pth.*.tmp"):  # of a killed run: the lock proves that none is alive
-            stale.unlink()
+            progress = Progress()
+        for name in ("*.pth", "metrics.jsonl", "config.json", skipped.listing.name):
+            for stale in config.out_path.glob(f".{name}.*.tmp"):  # of a killed run: the lock proves that none is alive
+                stale.unlink()
         _write_json(config.out_path / "config.json", config.to_json())
         writer = SummaryWriter(str(config.out_path / "summary"), purge_step=progress.epoch)
         saved_at, started, first_epoch = time.monotonic(), time.monotonic(), progress.epoch
 
-        def save(name: str, **run: Any) -> None:
-            run |= {"data": data, "progress": asdict(progress), "random": random_state()}
+        def save(name: str) -> None:
+            run = {
+                "data": data,
+                "device": device.type,
+                "progress": asdict(progress),
+                "random": random_state(device),
+                "metrics": progress.history[-1] if progress.history else {},
+                "validation": progress.validation,
+            }
             path = config.out_path / name
             save_checkpoint(path, epoch=progress.epoch, model=model, optimizer=optimizer, config=config, run=run)
 
+        def leave_epoch_behind() -> list[str]:
+            """Write what a completed epoch leaves, as far as the disk allows; the names of the checkpoints written."""
+            _if_possible(partial(_write_lines, config.out_path / "metrics.jsonl", progress.history))
+            return [name for name in progress.due if _if_possible(partial(save, name))]
+
+        leave_epoch_behind()
         while progress.epoch < config.epochs:
             # learn
-            epoch = progress.epoch
+            epoch, progress.due = progress.epoch, []
             sampler.epoch, sampler.first_step = epoch, progress.step
             model.train()
             loss_sum = torch.tensor(progress.loss_sum, device=device)
@@ -182,18 +193,17 @@ def train(config: TrainConfig) -> Path:
                 "val_acc": evaluation.metrics.accuracy,
             }
             for name, value in metrics.items():
-                writer.add_scalar(name, value, epoch)
-            names = ["best.pth"] if metrics["val_loss"] < progress.best_loss else []
-            names += [f"epoch_{epoch + 1}.pth"] if (epoch + 1) % config.save_after == 0 else []
-            best_before, progress.best_loss = progress.best_loss, min(progress.best_loss, metrics["val_loss"])
+                _if_possible(partial(writer.add_scalar, name, value, epoch))
             progress.history.append({"epoch": epoch + 1, **metrics})
+            progress.validation = {"val_pairs": len(evaluation.pairs), "val_pair_digest": evaluation.pair_digest}
             progress.epoch += 1
             progress.begin_epoch()
-            scored = {"val_pairs": len(evaluation.pairs), "val_pair_digest": evaluation.pair_digest}
-            for name in names:
-                if not _if_possible(partial(save, name, metrics=metrics, validation=scored)) and name == "best.pth":
-                    progress.best_loss = best_before  # so that the next good one is saved
-            _write_lines(config.out_path / "metrics.jsonl", progress.history)
+            progress.due = ["best.pth"] if metrics["val_loss"] < progress.best_loss else []
+            progress.due += [f"epoch_{epoch + 1}.pth"] if (epoch + 1) % config.save_after == 0 else []
+            best_before, progress.best_loss = progress.best_loss, min(progress.best_loss, metrics["val_loss"])
+            names = leave_epoch_behind()
+            if "best.pth" in progress.due and "best.pth" not in names:
+                progress.best_loss = best_before  # so that the next good one is saved
             left_s = (time.monotonic() - started) / (progress.epoch - first_epoch) * (config.epochs - progress.epoch)
             print(
                 f"epoch {epoch + 1}/{config.epochs}  "
@@ -230,7 +240,8 @@ class _SkippedPictures:
     def report(self) -> None:
         if len(self._files) > self._n_reported:
             self._n_reported = len(self._files)
-            write_atomically(self.listing, lambda file: file.write(skipped_csv(list(self._files.values()))))
+            content = skipped_csv(list(self._files.values()))
+            _if_possible(partial(write_atomically, self.listing, lambda file: file.write(content)))
             message = f"skipped {len(self._files)} files ({self.first()}); see {self.listing}"
             print(one_line(message), file=sys.stderr)
 
@@ -246,13 +257,13 @@ def _refuse_used_folder(out_path: Path) -> None:
         )
 
 
-def _if_possible(save: Callable[[], None]) -> bool:
-    """Save; a full disk or the like is said and costs only this file: the earlier one is still there."""
+def _if_possible(write: Callable[[], object]) -> bool:
+    """Write; a full disk or the like is said and costs only this file: the earlier one is still there."""
     try:
-        save()
+        write()
     except OSError as error:
         print(
-            one_line(f"not saved: {error.filename or 'checkpoint'}: {error.strerror}; training goes on"),
+            one_line(f"not saved: {error.filename or 'file'}: {error.strerror}; training goes on"),
             file=sys.stderr,
         )
         return False

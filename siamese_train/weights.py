@@ -45,11 +45,7 @@ def load_strictly(module: nn.Module, state: dict[str, Any], source: str) -> None
     Raises:
         CheckpointError: missing or unexpected keys, other shapes, or values that are no finite dense tensors.
     """
-    for key, value in state.items():
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
-            raise CheckpointError(f"{source}: {key}: expected a dense tensor, got {type(value).__name__}")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"{source}: {key} holds NaN or infinity; take an earlier checkpoint of the run")
+    require_finite(state, source)
     own = module.state_dict()
     wrong = [f"{key} is missing" for key in own if key not in state]
     wrong += [f"{key} is unexpected" for key in state if key not in own]
@@ -62,6 +58,17 @@ def load_strictly(module: nn.Module, state: dict[str, Any], source: str) -> None
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise CheckpointError(f"{source}: weights of another network: {'; '.join(wrong[:5])}{more}")
     module.load_state_dict(state)
+
+
+def require_finite(state: dict[str, Any], source: str) -> None:
+    """Raises:
+    CheckpointError: a value is no dense tensor, or not finite.
+    """
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(f"{source}: {key}: expected a dense tensor, got {type(value).__name__}")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{source}: {key} holds NaN or infinity; take an earlier checkpoint of the run")
 
 
 def _pretrained_state(backbone: str) -> dict[str, Any]:

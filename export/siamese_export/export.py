@@ -74,7 +74,7 @@ def _require_recent_onnxruntime() -> None:
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_ONNXRUNTIME:
         raise EnvironmentFault(
             f"ONNX Runtime {version} is installed, export needs {'.'.join(map(str, MIN_ONNXRUNTIME))} or newer; "
-            "run: pip install --upgrade 'siamese-toolkit[export,cpu]'"
+            "run: pip install --upgrade onnxruntime"
         )
 
 

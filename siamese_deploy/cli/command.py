@@ -23,7 +23,7 @@ SEED = click.IntRange(0, 2**32 - 1)
 # Disk, permission, descriptors and memory: the environment's fault, not the user's and not ours.
 _ENVIRONMENT_ERRNO = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO,
-    errno.ENOMEM, errno.ESTALE,
+    errno.ENOMEM, errno.ESTALE, errno.EFBIG,
 }  # fmt: skip
 
 
@@ -81,6 +81,8 @@ class Command(click.Command):
                 _fail(ctx, f"{error.filename or 'output'}: {error.strerror}", 5)
             if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
                 _fail(ctx, f"{error.filename}: {error.strerror}", 2)
+            if str(error).startswith("DataLoader worker"):
+                _fail(ctx, f"a loading process died ({error}); use fewer --workers, and --resume to go on", 5)
             # torch's, known by name and text because torch may be absent
             if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
                 _fail(ctx, "out of memory; use a smaller --batch_size or --image_size, or --device cpu", 5)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,9 +19,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import RunCommand, assert_refused
-from networks import SMALL, random_network, reference_checkpoint
+from networks import SMALL, own_checkpoint, random_network, reference_checkpoint
 
 from siamese_deploy.durable_files import locked_folder
+from siamese_deploy.errors import CheckpointError
 from siamese_train.checkpoint import read_checkpoint
 from siamese_train.cli import train_main
 from siamese_train.config import TrainConfig
@@ -208,6 +210,100 @@ def test_a_full_disk_costs_one_save_and_not_the_run(
     # the lost best.pth was tried again, whether or not a later epoch was better than the first
     assert calls[2] == "best.pth"
     assert read_checkpoint(tmp_path / "out/best.pth").epoch >= 2
+
+
+def test_a_disk_that_fills_while_writing_costs_no_earlier_file(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(replace(config_for(pictures, out), epochs=1))
+    before = {file.name: file.read_bytes() for file in out.glob("*.pth")}
+    options = ["--train_path", pictures, "--val_path", pictures, "-o", out, "-b", "shufflenet_v2_x0_5"]
+    options += ["--weights", "none", "-lr", "1e-3", "-e", 3, "-s", 1, "--image_size", 32, "--batch_size", 5]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # a checkpoint has 17 MB
+    try:
+        result = run(train_main, *options, "--resume", "--resume_changed")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 5, result.stderr  # the last save of all is not optional
+    assert "training goes on" in result.stderr
+    assert "epoch 3/3" in result.stdout
+    assert "-> " not in result.stdout  # nothing claims to be saved
+    assert {file.name: file.read_bytes() for file in out.glob("*.pth")} == before
+    assert not list(out.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("die_at", ["best.pth", "epoch_3.pth", "metrics.jsonl", "last.pth"])
+def test_killed_while_the_last_epoch_is_recorded(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_at: str
+) -> None:
+    """Whatever was or was not written yet is there after a resume."""
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    train(config_for(pictures, straight, save_after=3))
+    real = os.replace
+
+    class Killed(BaseException):
+        pass
+
+    def dying(source: Any, target: Any) -> None:
+        text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""
+        due = die_at != "best.pth" or len(text.splitlines()) == 1
+        if Path(target).name == die_at and due and (die_at != "metrics.jsonl" or len(text.splitlines()) == 2):
+            raise Killed
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        with pytest.raises(Killed):
+            train(config_for(pictures, out, save_after=3))
+    train(config_for(pictures, out, save_after=3, resume=True))
+    assert_equal(out, straight)
+    assert read_checkpoint(out / "epoch_3.pth").epoch == 3
+
+
+def test_weights_that_are_not_finite_are_never_saved_nor_resumed(
+    run: RunCommand, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = random_network()
+    with torch.no_grad():
+        network.cls_head[5].bias[0] = float("inf")
+    with pytest.raises(CheckpointError, match=r"cls_head\.5\.bias holds NaN"):
+        own_checkpoint(tmp_path / "best.pth", network, *SMALL)
+    assert os.listdir(tmp_path) == ["pictures"]
+
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    train(config_for(pictures, straight))
+    shutil.copytree(straight, out)
+    content = torch.load(out / "last.pth", weights_only=True)
+    content["model_state_dict"]["cls_head.5.bias"][0] = float("nan")
+    torch.save(content, out / "last.pth")
+    train(config_for(pictures, out, resume=True))
+    assert "passed over: " in capsys.readouterr().err
+    assert_equal(out, straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_the_whole_process_group_save_and_end_cleanly(
+    pictures: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """As a terminal, systemd and batch schedulers send them: to the loading processes too."""
+    out = tmp_path / "out"
+    command = [Path(sys.executable).with_name("siamese-train"), "--train_path", pictures, "--val_path", pictures]
+    command += ["-o", out, "-b", "shufflenet_v2_x0_5", "--weights", "none", "--image_size", 32, "--batch_size", 4]
+    command += ["--workers", 2, "-e", 100_000, "-s", 100_000]
+    child = subprocess.Popen(
+        [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    deadline = time.monotonic() + 100
+    while not (out / "best.pth").exists():
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.killpg(child.pid, number)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == 128 + number, stderr
+    assert b"Traceback" not in stderr
+    assert read_checkpoint(out / "last.pth").training["progress"]["epoch"] >= 1
 
 
 def test_last_is_written_as_often_as_asked(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,7 @@ def test_same_checkpoint_same_graphs_same_digest(checkpoint: Path, bundle: Path,
     assert (again.backbone, again.head, again.digest) == (first.backbone, first.head, first.digest)
 
 
+@pytest.mark.slow
 def test_training_state_of_the_network_does_not_matter() -> None:
     network = random_network()
     expected = backbone_graph(network, (64, 64)), head_graph(network)
@@ -166,6 +167,7 @@ def test_nan_is_no_parity(checkpoint: Path, bundle: Path) -> None:
             require_parity(replace(good, **{field: float("nan")}))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_reference_scripts_exports_at_224(run: RunCommand, tmp_path: Path) -> None:
     path = reference_checkpoint(tmp_path / "best.pth", random_network(SMALL[0], 224), SMALL[0])
     result = run(export_main, "-c", path, "-o", tmp_path / "bundle")

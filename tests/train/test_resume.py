@@ -232,6 +232,7 @@ def test_a_disk_that_fills_while_writing_costs_no_earlier_file(run: RunCommand, 
     assert not list(out.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("die_at", ["best.pth", "epoch_3.pth", "metrics.jsonl", "last.pth"])
 def test_killed_while_the_last_epoch_is_recorded(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_at: str
@@ -281,6 +282,7 @@ def test_weights_that_are_not_finite_are_never_saved_nor_resumed(
     assert_equal(out, straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_to_the_whole_process_group_save_and_end_cleanly(
     pictures: Path, tmp_path: Path, number: signal.Signals

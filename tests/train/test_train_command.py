@@ -170,6 +170,7 @@ def test_missing_torch_names_the_command_to_install_it(pictures: Path, tmp_path:
         assert subprocess.run([*command[:3], "--help"], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_training_keeps_its_checkpoints(
     pictures: Path, tmp_path: Path, number: signal.Signals, exit_code: int

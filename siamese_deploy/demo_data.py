@@ -65,8 +65,8 @@ def _strokes(random: np.random.RandomState) -> Strokes:
 
 def _draw(strokes: Strokes, random: np.random.RandomState) -> Image.Image:
     side = SIZE_PIXELS * _SUPERSAMPLING
-    paper = random.randint(225, 256, 3)
-    ink = random.randint(0, 90, 3)
+    paper = random.randint(240, 256, 3)
+    ink = random.randint(0, 60, 3)
     canvas = Image.new("RGB", (side, side), tuple(int(c) for c in paper))
     draw = ImageDraw.Draw(canvas)
     angle, slant = random.uniform(-0.1, 0.1), random.uniform(-0.1, 0.1)
@@ -76,12 +76,12 @@ def _draw(strokes: Strokes, random: np.random.RandomState) -> Image.Image:
     pen = random.uniform(0.06, 0.1) * side
     t = np.linspace(0, 1, _CURVE_POINTS)[:, None]
     for stroke in strokes:
-        start, control, end = stroke + random.normal(0, 0.015, stroke.shape)
+        start, control, end = stroke + random.normal(0, 0.012, stroke.shape)
         curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * control + t**2 * end
         points = ((curve - 0.5) @ change.T + middle) * side
         draw.line([(float(x), float(y)) for x, y in points], tuple(int(c) for c in ink), round(pen), joint="curve")
         for x, y in (points[0], points[-1]):  # round ends
             draw.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), tuple(int(c) for c in ink))
     small = canvas.filter(ImageFilter.GaussianBlur(random.uniform(0, 1.5))).resize((SIZE_PIXELS, SIZE_PIXELS))
-    noisy = np.asarray(small) + random.normal(0, 6, (SIZE_PIXELS, SIZE_PIXELS, 1))
+    noisy = np.asarray(small) + random.normal(0, 4, (SIZE_PIXELS, SIZE_PIXELS, 1))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))

@@ -93,6 +93,7 @@ def resume(
     progress = Progress(**own["progress"])
     if changed or changed_data:
         progress.begin_epoch()  # steps of another pair list do not count
+        progress.due = []  # what was due belongs to the settings before
     if changed_data or before["image_size"] != config.image_size:
         progress.best_loss = math.inf  # a loss on other pictures is no measure for these
     print(one_line(f"resuming {checkpoint.path}: epoch {progress.epoch + 1}, step {progress.step}"), file=sys.stderr)

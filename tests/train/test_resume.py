@@ -146,6 +146,10 @@ def test_resuming_a_finished_run_changes_nothing_and_an_empty_folder_starts(
 
     changed = run(train_main, *options, "-e", 2, "-lr", "1e-3")
     assert_refused(changed, 2, "--learning_rate was 0.0001, is 0.001", "--epochs was 1, is 2", "--resume_changed")
+    best = (tmp_path / "out/best.pth").read_bytes()
+    assert run(train_main, *options, "-lr", "1e-3", "--resume_changed").exit_code == 0  # nothing left to train
+    assert (tmp_path / "out/best.pth").read_bytes() == best  # and not written anew under settings it was not made with
+    assert run(train_main, *options, "--resume_changed").exit_code == 0
     (pictures / "door/3.png").unlink()
     assert_refused(run(train_main, *options), 3, "train_images was 16, is 15", "--resume_changed")
     allowed = run(train_main, *options, "-e", 2, "-lr", "1e-3", "--resume_changed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from siamese_deploy.embedding import embed_images, score_pairs
+from siamese_deploy.embedding import ImageEmbeddings, embed_images, score_pairs
 from siamese_deploy.errors import InputDataError
 from siamese_deploy.image_folder import ImageFolder, SkippedFile, scan_image_folder
 from siamese_deploy.metrics import VerificationMetrics, verification_metrics
@@ -43,6 +43,11 @@ def evaluate_folder(
 
 def evaluate_pairs(verifier: Verifier, folder: ImageFolder, pairs: Pairs, *, show_progress: bool = False) -> Evaluation:
     embeddings = embed_images(verifier, folder, pairs.unique_images(), show_progress=show_progress)
+    return evaluate_embedded(verifier, folder, pairs, embeddings)
+
+
+def evaluate_embedded(verifier: Verifier, folder: ImageFolder, pairs: Pairs, embeddings: ImageEmbeddings) -> Evaluation:
+    """`evaluate_pairs` of pictures that are embedded already."""
     scored = pairs.where(embeddings.has_both(pairs))
     if len(scored) == 0:
         raise InputDataError(f"{folder.root}: no pair is left after {len(embeddings.skipped)} unreadable pictures")

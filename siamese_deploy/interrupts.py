@@ -16,45 +16,59 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Interrupts:
+    """Signals that wait; calling it lets them through."""
+
+    def __init__(self) -> None:
+        self.arrived: int | None = None
+        """Number of the signal that waits."""
+        # A signal that the caller had ignored (`nohup`, a background job of a script) stays ignored.
+        self.handlers: dict[signal.Signals, Any] = {
+            number: signal.getsignal(number) for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
+        }
+
+    def __call__(self, save: Callable[[], object] | None = None) -> None:
+        """Where a signal waits: call `save`, then do what the signal would have done before the block."""
+        if self.arrived is not None:
+            if save:
+                save()
+            self.restore()
+            number, self.arrived = self.arrived, None
+            signal.raise_signal(number)
+
+    def restore(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
 @contextmanager
-def interrupts_held() -> Iterator[Callable[..., None]]:
-    """Within the block a first SIGINT or SIGTERM only takes effect when the yielded function is called, or at the end.
+def interrupts_held(*, second_ends: bool = True) -> Iterator[Interrupts]:
+    """Within the block a first SIGINT or SIGTERM only takes effect when the yielded object is called, or at the end.
 
     It then does what it would have done outside (raise KeyboardInterrupt, say), after calling the argument of the
-    yielded function, if there is one: the place to save. A second signal ends the process at once.
+    yielded object, if there is one: the place to save. A second signal ends the process at once, unless `second_ends`
+    is False: for processes whose parent passes on the signal that they got already.
     Outside the main thread, where Python delivers no signals, nothing is held.
     """
+    interrupts = Interrupts()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda _save=None: None
+        yield interrupts
         return
     process = os.getpid()
-    arrived: list[int] = []
 
     def note(number: int, _frame: object) -> None:
         if os.getpid() != process:  # a forked worker: its parent ends it, by SIGTERM if need be
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        if arrived:
+        if interrupts.arrived is not None and second_ends:
             os._exit(128 + number)
-        arrived.append(number)
+        interrupts.arrived = number
 
-    # A signal that the caller had ignored (`nohup`, a background job of a script) stays ignored.
-    before: dict[signal.Signals, Any] = {
-        number: signal.signal(number, note) for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
-    }
-
-    def let_through(save: Callable[[], object] | None = None) -> None:
-        if arrived:
-            if save:
-                save()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.raise_signal(arrived.pop())
-
+    for number in interrupts.handlers:
+        signal.signal(number, note)
     try:
-        yield let_through
-        let_through()
+        yield interrupts
+        interrupts()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        interrupts.restore()

@@ -6,8 +6,8 @@ import csv
 import io
 import json
 import platform
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from importlib import metadata
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from siamese_deploy.errors import ImageError
 from siamese_deploy.evaluate import Evaluation
-from siamese_deploy.image_folder import SkippedFile
+from siamese_deploy.image_folder import ImageFolder, SkippedFile
 from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.pair_picture import image_tile, missing_tile, pair_picture
 from siamese_deploy.providers import usable_cores
@@ -96,27 +96,35 @@ def _csv_bytes(header: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
+def draw_pair(evaluation: Evaluation, pair: int, tile: Callable[[int], Image.Image] | None = None) -> Image.Image:
+    """The picture of one scored pair; `tile` gives the thumbnail of a picture of the folder, from its file if None."""
+    folder, pairs = evaluation.folder, evaluation.pairs
+    left, right = int(pairs.left[pair]), int(pairs.right[pair])
+    tile = tile or partial(_tile, folder)
+    return pair_picture(
+        tile(left),
+        tile(right),
+        (folder.class_name(left), folder.class_name(right)),
+        float(evaluation.scores[pair]),
+        bool(pairs.is_same[pair]),
+        evaluation.metrics.threshold,
+    )
+
+
+def _tile(folder: ImageFolder, image: int) -> Image.Image:
+    try:
+        return image_tile(folder.absolute_path(image))
+    except ImageError:  # readable when it was embedded, gone since: its score stands
+        return missing_tile()
+
+
 def _write_pictures(staging: Path, evaluation: Evaluation, show_progress: bool) -> None:
     folder, pairs = evaluation.folder, evaluation.pairs
 
-    @lru_cache(maxsize=_TILES_IN_MEMORY)
-    def tile(image: int) -> Image.Image:
-        try:
-            return image_tile(folder.absolute_path(image))
-        except ImageError:  # readable when it was embedded, gone since: its score stands
-            return missing_tile()
+    tile = lru_cache(maxsize=_TILES_IN_MEMORY)(partial(_tile, folder))
 
     def draw(pair: int) -> None:
-        left, right = int(pairs.left[pair]), int(pairs.right[pair])
-        picture = pair_picture(
-            tile(left),
-            tile(right),
-            (folder.class_name(left), folder.class_name(right)),
-            float(evaluation.scores[pair]),
-            bool(pairs.is_same[pair]),
-            evaluation.metrics.threshold,
-        )
-        picture.save(staging / f"{pair}.png", compress_level=1)
+        draw_pair(evaluation, pair, tile).save(staging / f"{pair}.png", compress_level=1)
 
     with interrupts_held() as let_interrupts_through, ThreadPool(usable_cores()) as threads:
         drawn = threads.imap_unordered(draw, range(len(pairs)))

@@ -31,6 +31,8 @@ class Checkpoint:
     backbone: str
     image_size: int
     """Pixels; 224 where the file does not say (the reference scripts know no other size)."""
+    embedding_dim: int
+    """Outputs that the backbone's last layer was given; 0: its own."""
     model_state: dict[str, Any]
     optimizer_state: dict[str, Any]
     training: dict[str, Any]
@@ -46,7 +48,7 @@ class Checkpoint:
             CheckpointError: the backbone is unknown, or the weights do not fit it or are not finite.
         """
         try:
-            model = SiameseNetwork(self.backbone, self.image_size)
+            model = SiameseNetwork(self.backbone, self.image_size, self.embedding_dim)
         except UsageError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
         load_strictly(model, self.model_state, f"{self.path} (backbone {self.backbone})")
@@ -106,16 +108,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: siamese_toolkit: expected dict, got {type(own).__name__}")
     if own and own.get("format") != 1:
         raise CheckpointError(f"{path}: format {own.get('format')}, this program reads 1; use a newer version of it")
-    image_size: Any = REFERENCE_IMAGE_SIZE
+    settings = {"image_size": REFERENCE_IMAGE_SIZE, "embedding_dim": 0}
     if own:
-        settings = own.get("config")
-        image_size = settings.get("image_size") if isinstance(settings, dict) else None
-        if not isinstance(image_size, int) or image_size < 1:
-            raise CheckpointError(f"{path}: siamese_toolkit: config.image_size: expected pixels, got {image_size}")
+        saved = own.get("config")
+        saved = {"embedding_dim": 0} | saved if isinstance(saved, dict) else {}
+        for name, least in (("image_size", 1), ("embedding_dim", 0)):
+            value = saved.get(name)
+            if not isinstance(value, int) or not least <= value <= 2**16:
+                raise CheckpointError(f"{path}: siamese_toolkit: config.{name}: expected {least} to 65536, got {value}")
+            settings[name] = value
     return Checkpoint(
         epoch=content["epoch"],
         backbone=content["backbone"],
-        image_size=image_size,
+        image_size=settings["image_size"],
+        embedding_dim=settings["embedding_dim"],
         model_state=content["model_state_dict"],
         optimizer_state=content["optimizer_state_dict"],
         training=own,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,41 +12,65 @@ import click
 from siamese_deploy.cli.command import PATH, SEED, Command
 from siamese_deploy.cli.eval import evaluate_into
 from siamese_deploy.errors import needs_extra, one_line
+from siamese_train.config import TrainConfig
 
 if TYPE_CHECKING:
     from siamese_deploy.verifier import Verifier
 
 
-@click.command(cls=Command, name="siamese-train")
-@click.option("--train_path", required=True, type=PATH, help="Folder of training pictures: one sub-folder a class.")
-@click.option("--val_path", required=True, type=PATH, help="Folder of validation pictures: one sub-folder a class.")
-@click.option("-o", "--out_path", required=True, type=PATH, help="Folder for checkpoints and TensorBoard summary.")
-@click.option("-b", "--backbone", default="resnet18", help="Classification network from torchvision.models.")
-@click.option("-lr", "--learning_rate", type=float, default=1e-4, help="Step size of Adam.")
-@click.option("-e", "--epochs", type=int, default=1000, help="Passes over the training pictures.")
-@click.option("-s", "--save_after", type=int, default=25, help="Keep a checkpoint every so many epochs.")
-@click.option(
-    "--weights",
-    default="default",
-    help="Initial weights: default (torchvision's pretrained ones), none (random), or a file.",
-)
-@click.option("--image_size", type=int, default=224, help="Height and width of the network's input, in pixels.")
-@click.option("--batch_size", type=int, default=8, help="Pairs per step.")
-@click.option("--seed", type=int, default=1, help="Seed of weights, pair lists, augmentation and dropout.")
-@click.option("--workers", type=int, default=0, help="Processes that load pictures; 0: the training process itself.")
-@click.option("--device", default="auto", help="auto (CUDA if PyTorch has it, else CPU), cpu, cuda or cuda:N.")
-@click.option("--resume", is_flag=True, help="Go on from the newest good checkpoint in OUT_PATH, if there is one.")
-@click.option("--resume_changed", is_flag=True, help="Resume even if settings or pictures changed.")
-@click.option("--save_minutes", type=float, default=5.0, help="Write last.pth at least every so many minutes.")
-def train_main(**settings: Any) -> None:
-    """Train a Siamese network; writes best.pth, epoch_<n>.pth, last.pth and a TensorBoard summary."""
-    from siamese_train.config import TrainConfig
+class _TrainCommand(Command):
+    """--help under the headings of TrainConfig's fields."""
 
-    config = TrainConfig(**settings)
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        of_name = {field.name: field.metadata["group"] for field in dataclasses.fields(TrainConfig)}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record:
+                groups.setdefault(of_name.get(parameter.name or "", "Other"), []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+def _option(field: dataclasses.Field[Any]) -> click.Option:
+    setting = field.metadata
+    required = field.default is dataclasses.MISSING
+    kinds: dict[str, Any] = {"Path": PATH, "int": int, "float": float, "str": str, "bool": bool}
+    kind = click.Choice(setting["choices"]) if setting.get("choices") else kinds[str(field.type)]
+    default = _shown(field.default)
+    if setting.get("batch") is not None:
+        default += f"; batch pairing: {_shown(setting['batch'])}"
+    return click.Option(
+        [f"--{field.name}", *([setting["short"]] if setting["short"] else [])],
+        type=kind,
+        required=required,
+        is_flag=field.type == "bool",
+        # None where it is not given: the default depends on --pairing.
+        default=None,
+        help=setting["help"] + ("" if required or field.type == "bool" else f"  [default: {default}]"),
+    )
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@click.command(
+    cls=_TrainCommand, name="siamese-train", params=[_option(field) for field in dataclasses.fields(TrainConfig)]
+)
+def train_main(**settings: Any) -> None:
+    """Train a Siamese network; writes best.pth, epoch_<n>.pth, last.pth and a TensorBoard summary.
+
+    Defaults are the reference scripts'; --pairing batch brings another recipe, which learns faster. With torchrun,
+    several processes train one network: torchrun --nproc_per_node 4 -m siamese_train OPTIONS.
+    """
+    config = TrainConfig.with_recipe(**{name: value for name, value in settings.items() if value is not None})
     with needs_extra("train"):
         from siamese_train.train import train
     best = train(config)
-    click.echo(one_line(f"best checkpoint: {best}"))
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(one_line(f"best checkpoint: {best}"))
 
 
 @click.command(cls=Command, name="siamese-train-eval")

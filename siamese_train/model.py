@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import copy
 import difflib
 from typing import Any
 
@@ -30,14 +32,17 @@ class SiameseNetwork(nn.Module):
     (P, 1) in [0, 1].
     """
 
-    def __init__(self, backbone: str = "resnet18", image_size: int = 224) -> None:
+    def __init__(self, backbone: str = "resnet18", image_size: int = 224, embedding_dim: int = 0) -> None:
         """Random weights; `image_size` (pixels) is only used to find the width of the embedding.
+
+        Args:
+            embedding_dim: outputs that the backbone's last layer gets; 0 leaves it as torchvision has it.
 
         Raises:
             UsageError: no such backbone, or one that cannot take pictures of this size.
         """
         super().__init__()
-        self.backbone = build_backbone(backbone)
+        self.backbone = build_backbone(backbone, embedding_dim)
         self.embedding_dim = embedding_width(self.backbone, backbone, image_size)
         self.cls_head = nn.Sequential(
             nn.Dropout(0.5),
@@ -83,8 +88,8 @@ def classification_backbones() -> list[str]:
     return sorted(torchvision.models.list_models(module=torchvision.models))
 
 
-def build_backbone(name: str) -> nn.Module:
-    """A torchvision classification network with its own last layer and random weights.
+def build_backbone(name: str, embedding_dim: int = 0) -> nn.Module:
+    """A torchvision classification network with random weights, and its own last layer or one of `embedding_dim`.
 
     Raises:
         UsageError: no such network.
@@ -94,7 +99,8 @@ def build_backbone(name: str) -> nn.Module:
         close = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(known)}"
         raise UsageError(f"--backbone {name!r}: no such classification network in torchvision.models; {hint}")
-    network: nn.Module = torchvision.models.get_model(name, weights=None, **_EXTRA_ARGUMENTS.get(name, {}))
+    arguments = _EXTRA_ARGUMENTS.get(name, {}) | ({"num_classes": embedding_dim} if embedding_dim else {})
+    network: nn.Module = torchvision.models.get_model(name, weights=None, **arguments)
     return network
 
 
@@ -105,11 +111,46 @@ def embedding_width(network: nn.Module, name: str, image_size: int) -> int:
         UsageError: it cannot take pictures of `image_size` pixels.
     """
     was_training = network.training
+    black = torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device)
     try:
         with torch.no_grad():
-            output = network.eval()(torch.zeros(1, 3, image_size, image_size))
+            output = network.eval()(black)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"backbone {name} cannot take pictures of {image_size} px a side: {reason}") from error
-    network.train(was_training)
+        smallest, largest = input_sizes(network)
+        if smallest <= image_size <= (largest or image_size):
+            raise  # the size is not to blame; memory may be
+        if largest is None:
+            raise UsageError(
+                f"backbone {name} cannot take pictures of {image_size} px a side: it needs at least {smallest}; "
+                "raise --image_size"
+            ) from error
+        taken = f"exactly {largest}" if smallest == largest else f"{smallest} to {largest}"
+        raise UsageError(
+            f"backbone {name} takes pictures of {taken} px a side, got {image_size}: use --image_size {largest}"
+        ) from error
+    finally:
+        network.train(was_training)
     return int(output.shape[1])
+
+
+def input_sizes(network: nn.Module) -> tuple[int, int | None]:
+    """Smallest and largest side, in pixels, of the square pictures that the network takes; None: no upper limit.
+
+    Found by trying: all networks of torchvision.models take 224 px, and either every larger size or none from 448 on.
+    """
+    # On PyTorch's meta device a network is run without its numbers: nothing but shapes is worked out.
+    tensors: list[torch.Tensor] = [*network.parameters(), *network.buffers()]
+    bare = copy.deepcopy(network, {id(tensor): tensor.detach().to("meta") for tensor in tensors}).eval()
+
+    def takes(size: int) -> bool:
+        try:
+            with torch.no_grad():
+                bare(torch.zeros(1, 3, size, size, device="meta"))
+        except (RuntimeError, AssertionError):
+            return False
+        return True
+
+    smallest = bisect.bisect_left(range(1, 225), True, key=takes) + 1
+    if takes(448):
+        return smallest, None
+    return smallest, 223 + bisect.bisect_left(range(224, 449), True, key=lambda size: not takes(size))

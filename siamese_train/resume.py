@@ -8,13 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from siamese_deploy.errors import CheckpointError, InputDataError, UsageError, one_line
 from siamese_train.checkpoint import Checkpoint, read_checkpoint
 from siamese_train.config import TrainConfig
-from siamese_train.model import SiameseNetwork
-from siamese_train.weights import load_strictly, require_finite
+from siamese_train.learner import Learner
+from siamese_train.weights import require_finite
 
 
 @dataclasses.dataclass
@@ -27,7 +25,7 @@ class Progress:
     """Steps taken in the epoch under way."""
     loss_sum: float = 0.0
     """Over the pairs of the epoch under way, as float32."""
-    correct: int = 0
+    correct: float = 0.0
     n_pairs: int = 0
     best_loss: float = math.inf
     """Lowest validation loss of a completed epoch."""
@@ -39,23 +37,17 @@ class Progress:
     """Checkpoints that the epoch just completed must leave; a run killed between two of them writes them again."""
 
     def begin_epoch(self) -> None:
-        self.step = self.correct = self.n_pairs = 0
-        self.loss_sum = 0.0
+        self.step = self.n_pairs = 0
+        self.loss_sum = self.correct = 0.0
+
+    def stale_epochs(self) -> int:
+        """Epochs since the one with the lowest validation loss."""
+        losses = [row["val_loss"] for row in self.history]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
-def random_state(device: torch.device) -> torch.Tensor:
-    """Of PyTorch's generator, which draws the dropout. Pair lists and augmentation are seeded by epoch and position."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def resume(
-    config: TrainConfig,
-    data: dict[str, Any],
-    device: torch.device,
-    model: SiameseNetwork,
-    optimizer: torch.optim.Optimizer,
-) -> Progress | None:
-    """Put the newest good checkpoint of config.out_path into `model`, `optimizer` and PyTorch's generators.
+def resume(config: TrainConfig, data: dict[str, Any], learner: Learner) -> Progress | None:
+    """Put the newest good checkpoint of config.out_path into `learner`.
 
     Returns:
         Where the run stands; None where the folder holds no checkpoint.
@@ -72,8 +64,10 @@ def resume(
     own = checkpoint.training
     if "progress" not in own:
         raise CheckpointError(f"{checkpoint.path}: holds weights and no run to resume; start from it with --weights")
-    before = own["config"] | {"device": own["device"]}
-    changed = _changes(before, config.decisive_settings() | {"device": device.type}, "--")
+    # A setting that the run's version did not know yet had its default.
+    defaults = TrainConfig(config.train_path, config.val_path, config.out_path).decisive_settings()
+    before = defaults | own["config"] | {"device": own["device"]}
+    changed = _changes(before, config.decisive_settings() | {"device": learner.processes.device.type}, "--")
     changed_data = _changes(own["data"], data, "")
     if changed_data and not config.resume_changed:
         raise InputDataError(
@@ -82,21 +76,18 @@ def resume(
     if changed and not config.resume_changed:
         raise UsageError(f"settings changed since {checkpoint.path}: {changed}; --resume_changed goes on anyway")
 
-    load_strictly(model, checkpoint.model_state, str(checkpoint.path))
-    optimizer.load_state_dict(checkpoint.optimizer_state)
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate
-    if own["device"] == device.type == "cuda":
-        torch.cuda.set_rng_state(own["random"], device)
-    elif own["device"] == device.type:
-        torch.set_rng_state(own["random"])
+    source = str(checkpoint.path)
+    try:
+        learner.restore(source, checkpoint.model_state, checkpoint.optimizer_state, own.get("learner", {}))
+    except ValueError:  # PyTorch's, for parameters in other groups
+        print(one_line(f"{source}: the optimiser starts anew, its settings changed"), file=sys.stderr)
     progress = Progress(**own["progress"])
     if changed or changed_data:
         progress.begin_epoch()  # steps of another pair list do not count
         progress.due = []  # what was due belongs to the settings before
     if changed_data or before["image_size"] != config.image_size:
         progress.best_loss = math.inf  # a loss on other pictures is no measure for these
-    print(one_line(f"resuming {checkpoint.path}: epoch {progress.epoch + 1}, step {progress.step}"), file=sys.stderr)
+    print(one_line(f"resuming {source}: epoch {progress.epoch + 1}, step {progress.step}"), file=sys.stderr)
     return progress
 
 

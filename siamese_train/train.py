@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from siamese_deploy.durable_files import locked_folder, write_atomically
+from siamese_deploy.embedding import ImageEmbeddings, embed_images
 from siamese_deploy.errors import InputDataError, IntegrityError, UsageError, one_line
-from siamese_deploy.evaluate import evaluate_pairs
-from siamese_deploy.image_folder import SkippedFile, scan_image_folder
+from siamese_deploy.evaluate import evaluate_embedded, evaluate_pairs
+from siamese_deploy.image_folder import ImageFolder, SkippedFile, scan_image_folder
 from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.pairs import sample_pairs
 from siamese_deploy.preprocess import Preprocess
 from siamese_deploy.report import skipped_csv
 from siamese_deploy.result_folder import refuse_inside
+from siamese_train.augment import Augmentation
 from siamese_train.checkpoint import save_checkpoint
 from siamese_train.config import TrainConfig
-from siamese_train.data import EpochSampler, training_batches
-from siamese_train.model import InputNormalisation, SiameseNetwork
-from siamese_train.resume import Progress, random_state, resume
-from siamese_train.torch_verifier import TorchVerifier, choose_device
+from siamese_train.data import AugmentedPictures, EmbeddedPictures, EpochSampler, Item, epoch_sampler, training_batches
+from siamese_train.learner import Learner, learning_rate_at
+from siamese_train.model import SiameseNetwork
+from siamese_train.picture_cache import PictureCache
+from siamese_train.processes import Processes, joined_processes
+from siamese_train.resume import Progress, resume
+from siamese_train.summary import Summary
+from siamese_train.torch_verifier import TorchVerifier
 from siamese_train.weights import load_initial_weights
 
 VALIDATION_SEED = 1
@@ -61,62 +69,60 @@ def train(config: TrainConfig) -> Path:
         _refuse_used_folder(config.out_path)
     for pictures in (config.train_path, config.val_path):
         refuse_inside(config.out_path, pictures)
-    device = choose_device(config.device)
+    with joined_processes(config.device) as processes:
+        _train(config, processes)
+    return config.out_path / "best.pth"
+
+
+def _train(config: TrainConfig, processes: Processes) -> None:
+    device = processes.device
     preprocess = Preprocess((config.image_size, config.image_size))
     train_folder, val_folder = scan_image_folder(config.train_path), scan_image_folder(config.val_path)
     sample_pairs(train_folder)  # raises now, not after the network is built, if the classes cannot give pairs
     val_pairs = sample_pairs(val_folder, VALIDATION_SEED)
-    sampler, loader = training_batches(
-        train_folder,
-        preprocess,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        workers=config.workers,
-        pin_memory=device.type == "cuda",
-    )
-    if len(sampler) == 0:
-        raise InputDataError(
-            f"{config.train_path}: {len(train_folder)} pictures are fewer than one batch of {config.batch_size}; "
-            "add pictures or lower --batch_size"
-        )
+    n_classes = len(train_folder.class_names)
+    sampler = epoch_sampler(train_folder, config, processes)
+    n_steps = sampler.steps_per_epoch
+    _check_batches(config, sampler, train_folder, processes.count)
 
     torch.manual_seed(config.seed)
-    model = SiameseNetwork(config.backbone, config.image_size)
+    model = SiameseNetwork(config.backbone, config.image_size, config.embedding_dim)
     if not config.resume or not any(config.out_path.glob("*.pth")):
-        load_initial_weights(model, config.backbone, config.weights)
-    model.to(device)
-    normalise = InputNormalisation().to(device)
-    verifier = TorchVerifier(model, preprocess, device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
-    criterion = nn.BCELoss()
+        load_initial_weights(model, config.backbone, config.weights, config.embedding_dim)
+    learner = Learner(model.to(device), config, n_classes, n_steps, processes)
+    verifier = TorchVerifier(learner.validated_model, preprocess, device)
 
     data = {
-        "train_classes": len(train_folder.class_names),
+        "train_classes": n_classes,
         "train_images": len(train_folder),
         "train_digest": train_folder.digest(),
         "val_classes": len(val_folder.class_names),
         "val_images": len(val_folder),
         "val_digest": val_folder.digest(),
     }
-    print(
-        f"{config.backbone} on {device}: {data['train_images']} training pictures in {data['train_classes']} classes, "
-        f"{data['val_images']} validation pictures in {data['val_classes']} classes",
-        flush=True,
-    )
+    if processes.is_first:
+        _print_start(config, data, processes)
     skipped = _SkippedPictures(config.out_path / "skipped_pictures.csv")
     skipped.add(config.train_path, train_folder.skipped)
 
-    with locked_folder(config.out_path), interrupts_held() as let_interrupts_through:
+    # torchrun passes a signal on that its processes may have got already.
+    with (
+        locked_folder(config.out_path) if processes.is_first else nullcontext(),
+        interrupts_held(second_ends=processes.count == 1) as interrupts,
+    ):
         if config.resume:
-            progress = resume(config, data, device, model, optimizer) or Progress()
+            progress = resume(config, data, learner) or Progress()
         else:
-            _refuse_used_folder(config.out_path)  # again, now that no other run can be filling it
             progress = Progress()
-        for name in ("*.pth", "metrics.jsonl", "config.json", skipped.listing.name):
-            for stale in config.out_path.glob(f".{name}.*.tmp"):  # of a killed run: the lock proves that none is alive
-                stale.unlink()
-        _write_json(config.out_path / "config.json", config.to_json())
-        writer = SummaryWriter(str(config.out_path / "summary"), purge_step=progress.epoch)
+        processes.wait()  # until all have read what the first one is about to write
+        if processes.is_first:
+            if not config.resume:
+                _refuse_used_folder(config.out_path)  # again, now that no other run can be filling it
+            for name in ("*.pth", "metrics.jsonl", "config.json", skipped.listing.name):
+                for stale in config.out_path.glob(f".{name}.*.tmp"):  # of a killed run: the lock proves that none lives
+                    stale.unlink()
+            _write_json(config.out_path / "config.json", config.to_json())
+        summary = Summary(config.out_path / "summary", config, progress.epoch) if processes.is_first else None
         saved_at, started, first_epoch = time.monotonic(), time.monotonic(), progress.epoch
 
         def save(name: str) -> None:
@@ -124,53 +130,79 @@ def train(config: TrainConfig) -> Path:
                 "data": data,
                 "device": device.type,
                 "progress": asdict(progress),
-                "random": random_state(device),
+                "learner": learner.state(),
                 "metrics": progress.history[-1] if progress.history else {},
                 "validation": progress.validation,
             }
-            path = config.out_path / name
-            save_checkpoint(path, epoch=progress.epoch, model=model, optimizer=optimizer, config=config, run=run)
+            save_checkpoint(
+                config.out_path / name,
+                epoch=progress.epoch,
+                model=learner.validated_model,
+                optimizer=learner.optimizer,
+                config=config,
+                run=run,
+            )
 
         def leave_epoch_behind() -> list[str]:
             """Write what a completed epoch leaves, as far as the disk allows; the names of the checkpoints written."""
             _if_possible(partial(_write_lines, config.out_path / "metrics.jsonl", progress.history))
             return [name for name in progress.due if _if_possible(partial(save, name))]
 
-        leave_epoch_behind()
-        while progress.epoch < config.epochs:
+        def let_interrupts_through(save: Callable[[], object]) -> None:
+            """At the same step in all processes, after the first one has saved."""
+            if processes.count == 1:
+                interrupts(save)
+            elif processes.any(interrupts.arrived is not None):
+                if processes.is_first:
+                    save()
+                processes.wait()
+                interrupts()
+                sys.exit(128 + signal.SIGTERM)
+
+        if processes.is_first:
+            leave_epoch_behind()
+        val_embeddings: ImageEmbeddings | None = None
+        pictures: Dataset[Item]
+        if config.freeze_backbone:
+            val_embeddings = embed_images(verifier, val_folder, val_pairs.unique_images())
+            train_embeddings = embed_images(verifier, train_folder, np.arange(len(train_folder)), show_progress=True)
+            skipped.add(config.train_path, train_embeddings.skipped)
+            pictures = EmbeddedPictures(train_folder, train_embeddings)
+        else:
+            cache = PictureCache(train_folder, config.cache_mib * 2**20)
+            if progress.epoch < config.epochs:
+                cache.fill(interrupts)
+            pictures = AugmentedPictures(cache, preprocess, Augmentation.of(config), config.seed)
+        loader = training_batches(pictures, sampler, config, device)
+
+        stop = _stops_early(config, progress)
+        while progress.epoch < config.epochs and not stop:
             # learn
             epoch, progress.due = progress.epoch, []
             sampler.epoch, sampler.first_step = epoch, progress.step
-            model.train()
             loss_sum = torch.tensor(progress.loss_sum, device=device)
             correct = torch.tensor(progress.correct, device=device)
             n_images, epoch_started = 0, time.monotonic()
 
             def save_within_epoch(loss_sum: torch.Tensor = loss_sum, correct: torch.Tensor = correct) -> None:
-                progress.loss_sum, progress.correct = float(loss_sum), int(correct)
+                progress.loss_sum, progress.correct = float(loss_sum), float(correct)
                 save("last.pth")
 
-            with _progress_bar(config, epoch, sampler) as bar:
+            with _progress_bar(config, sampler, epoch, silent=not processes.is_first) as bar:
                 for batch in loader:
                     skipped.add(config.train_path, batch.skipped)
-                    if len(batch.is_same) >= 2:  # BatchNorm cannot learn from one pair
-                        left, right, is_same = (
-                            tensor.to(device, non_blocking=True) for tensor in (batch.left, batch.right, batch.is_same)
-                        )
-                        scores = model(normalise(left), normalise(right))
-                        if not bool(torch.isfinite(scores).all()):  # the loss would end a CUDA process on NaN
-                            raise IntegrityError(_not_finite("training", epoch, config))
-                        loss = criterion(scores, is_same)
-                        optimizer.zero_grad()
-                        loss.backward()
-                        optimizer.step()
-                        loss_sum += loss.detach() * len(is_same)  # in place, as save_within_epoch reads it
-                        correct += ((scores.detach() >= 0.5) == (is_same == 1)).sum()
-                        progress.n_pairs += len(is_same)
-                        n_images += 2 * len(is_same)
+                    try:
+                        result = learner.learn(batch, epoch, progress.step)
+                    except IntegrityError as error:
+                        raise IntegrityError(_not_finite("training", epoch, config)) from error
+                    if result:
+                        loss_sum += result.loss_sum  # in place, as save_within_epoch reads it
+                        correct += result.correct
+                        progress.n_pairs += result.n_pairs
+                        n_images += result.n_images
                     progress.step += 1
-                    bar.update(2 * config.batch_size)
-                    if time.monotonic() - saved_at >= 60 * config.save_minutes:
+                    bar.update()
+                    if processes.is_first and time.monotonic() - saved_at >= 60 * config.save_minutes:
                         _if_possible(save_within_epoch)
                         saved_at = time.monotonic()
                     let_interrupts_through(save_within_epoch)
@@ -178,46 +210,101 @@ def train(config: TrainConfig) -> Path:
             if progress.n_pairs == 0:
                 raise InputDataError(f"{config.train_path}: no training pair can be read; {skipped.first()}")
 
-            # validate, with the code that evaluates a bundle
-            try:
-                evaluation = evaluate_pairs(verifier, val_folder, val_pairs)
-            except IntegrityError as error:
-                raise IntegrityError(_not_finite("validation", epoch, config)) from error
-            skipped.add(config.val_path, evaluation.skipped)
+            if processes.is_first:
+                # validate, with the code that evaluates a bundle
+                try:
+                    if val_embeddings:
+                        evaluation = evaluate_embedded(verifier, val_folder, val_pairs, val_embeddings)
+                    else:
+                        evaluation = evaluate_pairs(verifier, val_folder, val_pairs)
+                except IntegrityError as error:
+                    raise IntegrityError(_not_finite("validation", epoch, config)) from error
+                skipped.add(config.val_path, evaluation.skipped)
 
-            # record
-            metrics = {
-                "train_loss": float(loss_sum) / progress.n_pairs,
-                "train_acc": int(correct) / progress.n_pairs,
-                "val_loss": evaluation.metrics.loss,
-                "val_acc": evaluation.metrics.accuracy,
-            }
-            for name, value in metrics.items():
-                _if_possible(partial(writer.add_scalar, name, value, epoch))
-            progress.history.append({"epoch": epoch + 1, **metrics})
-            progress.validation = {"val_pairs": len(evaluation.pairs), "val_pair_digest": evaluation.pair_digest}
+                # record
+                metrics = {
+                    "train_loss": float(loss_sum) / progress.n_pairs,
+                    "train_acc": float(correct) / progress.n_pairs,
+                    "val_loss": evaluation.metrics.loss,
+                    "val_acc": evaluation.metrics.accuracy,
+                    "learning_rate": learning_rate_at((epoch + 1) * n_steps - 1, n_steps, config),
+                }
+                if evaluation.metrics.roc_auc is not None:
+                    metrics["val_roc_auc"] = evaluation.metrics.roc_auc
+                is_best = metrics["val_loss"] < progress.best_loss
+                if summary:
+                    scalars = metrics | {"images_per_s": images_per_s}
+                    _if_possible(partial(summary.add, epoch, scalars, evaluation, with_pictures=is_best))
+                progress.history.append({"epoch": epoch + 1, **metrics})
+                progress.validation = {"val_pairs": len(evaluation.pairs), "val_pair_digest": evaluation.pair_digest}
             progress.epoch += 1
             progress.begin_epoch()
-            progress.due = ["best.pth"] if metrics["val_loss"] < progress.best_loss else []
-            progress.due += [f"epoch_{epoch + 1}.pth"] if (epoch + 1) % config.save_after == 0 else []
-            best_before, progress.best_loss = progress.best_loss, min(progress.best_loss, metrics["val_loss"])
-            names = leave_epoch_behind()
-            if "best.pth" in progress.due and "best.pth" not in names:
-                progress.best_loss = best_before  # so that the next good one is saved
-            left_s = (time.monotonic() - started) / (progress.epoch - first_epoch) * (config.epochs - progress.epoch)
-            print(
-                f"epoch {epoch + 1}/{config.epochs}  "
-                f"train loss {metrics['train_loss']:.4f} acc {metrics['train_acc']:.4f}  "
-                f"val loss {metrics['val_loss']:.4f} acc {metrics['val_acc']:.4f}  "
-                f"{images_per_s:.0f} images/s  {tqdm.format_interval(left_s)} left"
-                + (f"  -> {', '.join(names)}" if names else ""),
-                flush=True,
-            )
-            skipped.report()
+            if processes.is_first:
+                progress.due = ["best.pth"] if is_best else []
+                progress.due += [f"epoch_{epoch + 1}.pth"] if (epoch + 1) % config.save_after == 0 else []
+                best_before, progress.best_loss = progress.best_loss, min(progress.best_loss, metrics["val_loss"])
+                names = leave_epoch_behind()
+                if "best.pth" in progress.due and "best.pth" not in names:
+                    progress.best_loss = best_before  # so that the next good one is saved
+                left_s = (
+                    (time.monotonic() - started) / (progress.epoch - first_epoch) * (config.epochs - progress.epoch)
+                )
+                _print_epoch(config, epoch, metrics, images_per_s, left_s, names)
+                skipped.report()
             let_interrupts_through(partial(save, "last.pth"))
-        save("last.pth")
-        writer.close()
-    return config.out_path / "best.pth"
+            stop = processes.any(processes.is_first and _stops_early(config, progress))
+        if processes.is_first:
+            if stop:
+                print(f"stopped early: no lower validation loss for {config.early_stopping} epochs", flush=True)
+            save("last.pth")
+        if summary:
+            summary.close()
+
+
+def _check_batches(config: TrainConfig, sampler: EpochSampler, folder: ImageFolder, n_processes: int) -> None:
+    if sampler.steps_per_epoch == 0:
+        raise InputDataError(
+            f"{config.train_path}: {len(folder)} pictures are fewer than one batch of {config.batch_size}; "
+            "add pictures or lower --batch_size"
+        )
+    columns = sampler.smallest_step
+    if columns < 2 * n_processes:
+        raise UsageError(
+            f"a step of {columns} pairs or pictures is too small for {n_processes} processes: each needs 2 or more; "
+            "raise --batch_size or --classes_per_batch, or start fewer processes"
+        )
+
+
+def _stops_early(config: TrainConfig, progress: Progress) -> bool:
+    return 0 < config.early_stopping <= progress.stale_epochs()
+
+
+def _print_start(config: TrainConfig, data: dict[str, Any], processes: Processes) -> None:
+    where = str(processes.device) if processes.count == 1 else f"{processes.count} {processes.device.type} processes"
+    print(
+        f"{config.backbone} on {where}: {data['train_images']} training pictures in {data['train_classes']} classes, "
+        f"{data['val_images']} validation pictures in {data['val_classes']} classes",
+        flush=True,
+    )
+    if config.pairing == "batch" and data["train_classes"] < config.classes_per_batch:
+        print(
+            f"batches have {data['train_classes']} classes, not {config.classes_per_batch}: there are no more",
+            flush=True,
+        )
+
+
+def _print_epoch(
+    config: TrainConfig, epoch: int, metrics: dict[str, float], images_per_s: float, left_s: float, names: list[str]
+) -> None:
+    print(
+        f"epoch {epoch + 1}/{config.epochs}  "
+        f"train loss {metrics['train_loss']:.4f} acc {metrics['train_acc']:.4f}  "
+        f"val loss {metrics['val_loss']:.4f} acc {metrics['val_acc']:.4f}"
+        + (f" AUC {metrics['val_roc_auc']:.4f}" if "val_roc_auc" in metrics else "")
+        + f"  {images_per_s:.0f} images/s  {tqdm.format_interval(left_s)} left"
+        + (f"  -> {', '.join(names)}" if names else ""),
+        flush=True,
+    )
 
 
 class _SkippedPictures:
@@ -279,14 +366,15 @@ def _write_lines(path: Path, rows: list[dict[str, float]]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def _progress_bar(config: TrainConfig, epoch: int, sampler: EpochSampler) -> tqdm:
+def _progress_bar(config: TrainConfig, sampler: EpochSampler, epoch: int, *, silent: bool) -> tqdm:
     return tqdm(
-        total=2 * config.batch_size * sampler.steps_per_epoch,
-        initial=2 * config.batch_size * sampler.first_step,
+        total=sampler.steps_per_epoch,
+        initial=sampler.first_step,
         desc=f"epoch {epoch + 1}/{config.epochs}",
         unit="image",
+        unit_scale=sampler.images_per_epoch / sampler.steps_per_epoch,
         leave=False,
-        disable=None,  # off where stderr is no terminal
+        disable=silent or None,  # None: off where stderr is no terminal
     )
 
 

@@ -17,8 +17,10 @@ from siamese_deploy.errors import CheckpointError, EnvironmentFault, InputDataEr
 from siamese_train.model import SiameseNetwork
 
 
-def load_initial_weights(model: SiameseNetwork, backbone: str, weights: str) -> None:
+def load_initial_weights(model: SiameseNetwork, backbone: str, weights: str, embedding_dim: int = 0) -> None:
     """Fill `model` as --weights says: "none" leaves it random, "default" and a file load the backbone (or everything).
+
+    A last layer of `embedding_dim` outputs that the weights do not have stays random.
 
     Raises:
         EnvironmentFault: pretrained weights are not on this machine and cannot be fetched.
@@ -35,8 +37,15 @@ def load_initial_weights(model: SiameseNetwork, backbone: str, weights: str) -> 
         state = load_safely(Path(weights), Path(weights).read_bytes())
     if isinstance(state.get("model_state_dict"), dict):
         load_strictly(model, state["model_state_dict"], weights)
-    else:
-        load_strictly(model.backbone, _without_auxiliary(state), weights)
+        return
+    state = _without_auxiliary(state)
+    if embedding_dim:
+        # Weight and bias of the new last layer stay random, the only ones whose shape follows from the outputs.
+        own = model.backbone.state_dict()
+        new = [key for key in own if key in state and _differs_in_outputs(state[key], own[key], embedding_dim)]
+        if len(new) <= 2:
+            state |= {key: own[key] for key in new}
+    load_strictly(model.backbone, state, weights)
 
 
 def load_strictly(module: nn.Module, state: dict[str, Any], source: str) -> None:
@@ -86,6 +95,15 @@ def _pretrained_state(backbone: str) -> dict[str, Any]:
     elif not hashlib.sha256(file.read_bytes()).hexdigest().startswith(_hash_prefix(file)):
         raise CheckpointError(f"{file}: damaged (its SHA-256 does not begin with its name's); place {url} there again")
     return load_safely(file, file.read_bytes())
+
+
+def _differs_in_outputs(value: object, own: torch.Tensor, outputs: int) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.ndim == own.ndim > 0
+        and value.shape[1:] == own.shape[1:]
+        and len(own) == outputs != len(value)
+    )
 
 
 def _hash_prefix(file: Path) -> str:

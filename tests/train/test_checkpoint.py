@@ -101,8 +101,8 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     for own, words in (
         ({"format": 2}, "format 2, this program reads 1"),
         ([1], "expected dict, got list"),
-        ({"format": 1}, r"config\.image_size: expected pixels, got None"),
-        ({"format": 1, "config": {"image_size": "64"}}, r"config\.image_size: expected pixels, got 64"),
+        ({"format": 1}, r"config\.image_size: expected 1 to 65536, got None"),
+        ({"format": 1, "config": {"image_size": "64"}}, r"config\.image_size: expected 1 to 65536, got 64"),
     ):
         torch.save(content | {"siamese_toolkit": own}, tmp_path / "c.pth")
         with pytest.raises(CheckpointError, match=words):

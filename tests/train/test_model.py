@@ -118,5 +118,5 @@ def test_unknown_backbones_are_met_with_near_names() -> None:
 
 
 def test_pictures_a_backbone_cannot_take() -> None:
-    with pytest.raises(UsageError, match="vit_b_16 cannot take pictures of 64 px"):
+    with pytest.raises(UsageError, match="vit_b_16 takes pictures of exactly 224 px a side, got 64"):
         SiameseNetwork("vit_b_16", 64)

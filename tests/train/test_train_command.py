@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import json
 import os
 import shutil
 import signal
@@ -13,6 +15,7 @@ import pytest
 import torch
 from conftest import RunCommand, assert_refused
 from networks import SMALL, own_checkpoint, random_network
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from siamese_train.checkpoint import read_checkpoint
@@ -37,7 +40,9 @@ def test_writes_checkpoints_and_the_references_scalars(run: RunCommand, pictures
     ]  # fmt: skip
     events = EventAccumulator(str(out / "summary")).Reload()
     scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert sorted(scalars) == ["train_acc", "train_loss", "val_acc", "val_loss"]
+    assert sorted(scalars) == [
+        "images_per_s", "learning_rate", "train_acc", "train_loss", "val_acc", "val_loss", "val_roc_auc",
+    ]  # fmt: skip
     assert {len(values) for values in scalars.values()} == {4}
     assert [event.step for event in events.Scalars("val_loss")] == [0, 1, 2, 3]
     best = read_checkpoint(out / "best.pth")
@@ -68,6 +73,122 @@ def test_every_layer_learns_and_the_same_seed_gives_the_same_weights(
     assert (first["cls_head.1.weight"] - initial["cls_head.1.weight"]).abs().max() < 4 * 2e-4
 
 
+def test_tensorboard_shows_scores_the_most_wrong_pairs_and_the_settings(
+    run: RunCommand, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert run(train_main, *arguments(pictures, out, "-e", 2, "--pairing", "batch")).exit_code == 0
+    events = EventAccumulator(str(out / "summary"), size_guidance={"images": 0}).Reload()
+    assert sorted(events.Tags()["histograms"]) == ["val_scores/different", "val_scores/same"]
+    same, different = (events.Histograms(f"val_scores/{kind}")[0].histogram_value for kind in ("same", "different"))
+    assert same.num + different.num == 16
+    grids = events.Images("val_most_wrong_pairs")
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(grids) == 1 + (log[1]["val_loss"] < log[0]["val_loss"])  # whenever best.pth is written
+    grid = Image.open(io.BytesIO(grids[0].encoded_image_string))
+    assert (grid.width % 408, grid.height % 246) == (0, 0)
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert [row["learning_rate"] for row in log] == pytest.approx(
+        [event.value for event in events.Scalars("learning_rate")]
+    )
+
+
+def test_a_frozen_backbone_is_left_as_it_was_and_the_head_learns(
+    run: RunCommand, pictures: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    initial = SiameseNetwork("shufflenet_v2_x0_5", 32).state_dict()
+    (pictures / "cog/0.png").write_text("no picture")
+    for pairing in ("reference", "batch"):
+        out = tmp_path / pairing
+        result = run(train_main, *arguments(pictures, out, "-e", 2, "--freeze_backbone", "--pairing", pairing))
+        assert result.exit_code == 0, result.output
+        assert "skipped 1 files" in result.stderr
+        state = read_checkpoint(out / "last.pth").model_state
+        same = {key: torch.equal(value, state[key]) for key, value in initial.items()}
+        assert all(same[key] for key in initial if key.startswith("backbone."))
+        assert not any(same[key] for key in initial if key.startswith("cls_head.") and key.endswith("weight"))
+        evaluated = run(train_eval_main, "-v", pictures, "-o", out / "eval", "-c", out / "best.pth", "--device", "cpu")
+        assert f"loss: {read_checkpoint(out / 'best.pth').training['metrics']['val_loss']:.4f}" in evaluated.stdout
+
+
+def test_early_stopping_and_its_resume(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = arguments(pictures, out, "-e", 50, "--early_stopping", 2, "-lr", "1e-2")
+    stopped = run(train_main, *options)
+    assert "stopped early: no lower validation loss for 2 epochs" in stopped.stdout
+    losses = [json.loads(line)["val_loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) < 50
+    assert min(losses[-2:]) >= min(losses[:-2])
+    assert losses.index(min(losses)) == len(losses) - 3
+    again = run(train_main, *options, "--resume")
+    assert (again.exit_code, "epoch" in again.stdout.replace("epochs", "")) == (0, False)
+
+
+def test_an_embedding_of_another_width_trains_evaluates_and_takes_weights(
+    run: RunCommand, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert run(train_main, *arguments(pictures, out, "-e", 1, "--embedding_dim", 48)).exit_code == 0
+    checkpoint = read_checkpoint(out / "best.pth")
+    assert checkpoint.model_state["cls_head.1.weight"].shape == (512, 48)
+    assert checkpoint.build_model().embedding_dim == 48
+    evaluated = run(train_eval_main, "-v", pictures, "-o", tmp_path / "e", "-c", out / "best.pth", "--device", "cpu")
+    assert evaluated.exit_code == 0, evaluated.output
+    # weights with torchvision's last layer fill all but the new one; those of another network are still refused
+    full = SiameseNetwork("shufflenet_v2_x0_5", 32).backbone.state_dict()
+    torch.save(full, tmp_path / "full.pth")
+    options = ("-e", 1, "-lr", "1e-12", "--embedding_dim", 48, "--weights")
+    result = run(train_main, *arguments(pictures, tmp_path / "b", *options, tmp_path / "full.pth"))
+    assert result.exit_code == 0, result.output
+    state = read_checkpoint(tmp_path / "b/best.pth").model_state
+    assert torch.allclose(state["backbone.conv1.0.weight"], full["conv1.0.weight"], atol=1e-9)
+    assert state["backbone.fc.weight"].shape == (48, 1024)
+    torch.save(SiameseNetwork("shufflenet_v2_x1_0", 32).backbone.state_dict(), tmp_path / "other.pth")
+    result = run(train_main, *arguments(pictures, tmp_path / "c", *options, tmp_path / "other.pth"))
+    assert_refused(result, 4, "weights of another network")
+
+
+def test_fewer_classes_than_asked_are_said_and_enough(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
+    result = run(train_main, *arguments(pictures, tmp_path / "out", "-e", 1, "--pairing", "batch"))
+    assert result.exit_code == 0, result.output
+    assert "batches have 4 classes, not 16: there are no more" in result.stdout
+    settings = json.loads((tmp_path / "out/config.json").read_text())
+    assert (settings["optimizer"], settings["schedule"], settings["identity_loss"]) == ("adamw", "cosine", 1.0)
+
+
+@pytest.mark.slow
+def test_a_loading_process_that_dies_is_said_and_costs_no_checkpoint(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = arguments(pictures, out, "-e", 100_000, "-s", 1, "--workers", 1)
+    command = [Path(sys.executable).with_name("siamese-train"), *options]
+    child = subprocess.Popen(
+        [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 100
+    while not (out / "epoch_2.pth").exists():
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    worker = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()[-1]
+    os.kill(int(worker), signal.SIGKILL)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == 5, stderr
+    assert "a loading process died" in stderr
+    assert "--resume" in stderr
+    assert "Traceback" not in stderr
+    read_checkpoint(out / "epoch_2.pth")
+
+
+@pytest.mark.slow
+def test_torch_compile_trains(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
+    result = run(train_main, *arguments(pictures, tmp_path / "out", "-e", 1, "--compile"))
+    assert result.exit_code == 0, result.output
+    assert set(read_checkpoint(tmp_path / "out/best.pth").model_state) == set(
+        SiameseNetwork("shufflenet_v2_x0_5", 32).state_dict()
+    )
+
+
 def test_a_folder_with_checkpoints_or_a_file_is_refused(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -81,13 +202,16 @@ def test_a_folder_with_checkpoints_or_a_file_is_refused(run: RunCommand, picture
 @pytest.mark.parametrize(
     ("options", "exit_code", "words"),
     [
-        (("-lr", "nan"), 2, "--learning_rate: expected a number above 0 and at most 10, got nan"),
+        (("-lr", "nan"), 2, "--learning_rate: expected 1e-12 to 10, got nan"),
         (("-lr", "-1"), 2, "--learning_rate"),
         (("-e", "0"), 2, "--epochs: expected 1 to"),
         (("-e", "2.5"), 2, "'2.5' is not a valid integer"),
         (("-b", "resnet19"), 2, "did you mean resnet1"),
-        (("-b", "vit_b_16"), 2, "vit_b_16 cannot take pictures of 32 px"),
+        (("-b", "vit_b_16"), 2, "vit_b_16 takes pictures of exactly 224 px a side, got 32: use --image_size 224"),
         (("--weights", "absent.pth"), 3, "expected default, none or a file"),
+        (("--pairing", "all"), 2, "'all' is not one of 'reference', 'batch'"),
+        (("--fill", "300,0,0"), 2, "--fill: expected black, white, border or R,G,B"),
+        (("--ema", "1"), 2, "--ema: expected 0 to 0.99999, got 1"),
         (("--device", "tpu"), 2, "expected auto, cpu, cuda or cuda:N"),
         (("--batch_size", "32"), 3, "16 pictures are fewer than one batch of 32"),
         (("--train_path", "absent"), 3, "no such folder"),

@@ -41,13 +41,17 @@ class Interrupts:
             signal.signal(number, handler)
 
 
+_second_ends = [True]
+"""Of the blocks that are open, the innermost last."""
+
+
 @contextmanager
-def interrupts_held(*, second_ends: bool = True) -> Iterator[Interrupts]:
+def interrupts_held(*, second_ends: bool | None = None) -> Iterator[Interrupts]:
     """Within the block a first SIGINT or SIGTERM only takes effect when the yielded object is called, or at the end.
 
     It then does what it would have done outside (raise KeyboardInterrupt, say), after calling the argument of the
     yielded object, if there is one: the place to save. A second signal ends the process at once, unless `second_ends`
-    is False: for processes whose parent passes on the signal that they got already.
+    is False: for processes whose parent passes on the signal that they got already. None: as in the enclosing block.
     Outside the main thread, where Python delivers no signals, nothing is held.
     """
     interrupts = Interrupts()
@@ -55,13 +59,15 @@ def interrupts_held(*, second_ends: bool = True) -> Iterator[Interrupts]:
         yield interrupts
         return
     process = os.getpid()
+    ends = _second_ends[-1] if second_ends is None else second_ends
+    _second_ends.append(ends)
 
     def note(number: int, _frame: object) -> None:
         if os.getpid() != process:  # a forked worker: its parent ends it, by SIGTERM if need be
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        if interrupts.arrived is not None and second_ends:
+        if interrupts.arrived is not None and ends:
             os._exit(128 + number)
         interrupts.arrived = number
 
@@ -71,4 +77,5 @@ def interrupts_held(*, second_ends: bool = True) -> Iterator[Interrupts]:
         yield interrupts
         interrupts()
     finally:
+        _second_ends.pop()
         interrupts.restore()

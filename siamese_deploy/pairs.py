@@ -95,3 +95,18 @@ def sample_pairs(folder: ImageFolder, seed: int | Sequence[int] = 1, *, shuffle:
     rank += is_same & (rank >= rank_in_class[left])
     right = by_class[class_start[partner_class] + rank]
     return Pairs(left.astype(np.int64), right.astype(np.int64), is_same)
+
+
+def every_pair(folder: ImageFolder) -> Pairs:
+    """Every unordered pair of two pictures: n (n - 1) / 2 of them, 17 bytes each.
+
+    Raises:
+        InputDataError: the pairs do not fit into memory.
+    """
+    try:
+        left, right = np.triu_indices(len(folder), 1)
+        return Pairs(left, right, folder.labels[left] == folder.labels[right])
+    except MemoryError as error:
+        raise InputDataError(
+            f"{folder.root}: the pairs of {len(folder):,} pictures do not fit into memory; use fewer pictures"
+        ) from error

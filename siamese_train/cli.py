@@ -38,6 +38,7 @@ def _option(field: dataclasses.Field[Any]) -> click.Option:
     required = field.default is dataclasses.MISSING
     kinds: dict[str, Any] = {"Path": PATH, "int": int, "float": float, "str": str, "bool": bool}
     kind = click.Choice(setting["choices"]) if setting.get("choices") else kinds[str(field.type)]
+    # Said but not set, because it depends on --pairing: what is not given stays away from TrainConfig.
     default = _shown(field.default)
     if setting.get("batch") is not None:
         default += f"; batch pairing: {_shown(setting['batch'])}"
@@ -45,9 +46,7 @@ def _option(field: dataclasses.Field[Any]) -> click.Option:
         [f"--{field.name}", *([setting["short"]] if setting["short"] else [])],
         type=kind,
         required=required,
-        is_flag=field.type == "bool",
-        # None where it is not given: the default depends on --pairing.
-        default=None,
+        is_flag=True if field.type == "bool" else None,
         help=setting["help"] + ("" if required or field.type == "bool" else f"  [default: {default}]"),
     )
 

@@ -26,6 +26,8 @@ def _setting(
     batch: Any = None,
     short: str = "",
     decisive: bool = True,
+    only: str = "",
+    frozen: bool = True,
 ) -> Any:
     """A field.
 
@@ -34,10 +36,12 @@ def _setting(
         limits: lowest and highest value allowed.
         batch: the default where pairing is "batch", if another.
         decisive: a resumed run must share it with the interrupted one to end in the same weights.
+        only: the pairing that it has an effect in, if not in both.
+        frozen: whether it has an effect with a frozen backbone.
     """
     metadata = {
         "help": help, "group": group, "limits": limits, "choices": choices, "batch": batch, "short": short,
-        "decisive": decisive,
+        "decisive": decisive, "only": only, "frozen": frozen,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -77,7 +81,10 @@ class TrainConfig:
         group="Network",
     )  # fmt: skip
     freeze_batchnorm: bool = _setting(
-        False, "Keep the backbone's BatchNorm statistics as the initial weights have them.", group="Network"
+        False,
+        "Keep the backbone's BatchNorm statistics as the initial weights have them.",
+        group="Network",
+        frozen=False,
     )
 
     pairing: str = _setting(
@@ -91,13 +98,18 @@ class TrainConfig:
         "Pairs per step (reference pairing); a last shorter batch is dropped.",
         group="Pairs",
         limits=(2, 65_536),
+        only="reference",
     )
     classes_per_batch: int = _setting(
-        16, "Classes per step (batch pairing); fewer if there are fewer.", group="Pairs", limits=(2, 4096)
+        16,
+        "Classes per step (batch pairing); fewer if there are fewer.",
+        group="Pairs",
+        limits=(2, 4096),
+        only="batch",
     )
     images_per_class: int = _setting(
         4, "Pictures of each class per step (batch pairing); a smaller class gives all it has.",
-        group="Pairs", limits=(2, 1024),
+        group="Pairs", limits=(2, 1024), only="batch",
     )  # fmt: skip
     hard_negatives: float = _setting(
         0.0, "Weigh pairs of different classes by their score to this power, so that the most confused count most.",
@@ -105,10 +117,14 @@ class TrainConfig:
     )  # fmt: skip
     identity_loss: float = _setting(
         0.0, "Weight of a classification loss over the training classes; its layer is not part of the network.",
-        group="Pairs", limits=(0, 100), batch=1.0,
+        group="Pairs", limits=(0, 100), batch=1.0, frozen=False,
     )  # fmt: skip
     label_smoothing: float = _setting(
-        0.1, "Share of the classification target that is spread over all classes.", group="Pairs", limits=(0, 0.9)
+        0.1,
+        "Share of the classification target that is spread over all classes.",
+        group="Pairs",
+        limits=(0, 0.9),
+        frozen=False,
     )
 
     epochs: int = _setting(
@@ -147,34 +163,59 @@ class TrainConfig:
     )  # fmt: skip
 
     augment: float = _setting(
-        1.0, "Multiplies the four limits below; 0 turns them all off.", group="Augmentation", limits=(0, 4)
+        1.0,
+        "Multiplies the four limits below; 0 turns them all off.",
+        group="Augmentation",
+        limits=(0, 4),
+        frozen=False,
     )
     rotate: float = _setting(
-        20.0, "Pictures are turned by up to so many degrees.", group="Augmentation", limits=(0, 180)
+        20.0,
+        "Pictures are turned by up to so many degrees.",
+        group="Augmentation",
+        limits=(0, 180),
+        frozen=False,
     )
     shift: float = _setting(
-        0.2, "Shifted by up to this share of width and height.", group="Augmentation", limits=(0, 0.5), batch=0.1
+        0.2,
+        "Shifted by up to this share of width and height.",
+        group="Augmentation",
+        limits=(0, 0.5),
+        batch=0.1,
+        frozen=False,
     )
-    scale: float = _setting(0.2, "Enlarged or shrunk by up to this share.", group="Augmentation", limits=(0, 0.5))
+    scale: float = _setting(
+        0.2, "Enlarged or shrunk by up to this share.", group="Augmentation", limits=(0, 0.5), frozen=False
+    )
     shear: float = _setting(
-        0.2, "Sheared along x by up to so many degrees.", group="Augmentation", limits=(0, 45), batch=15.0
+        0.2,
+        "Sheared along x by up to so many degrees.",
+        group="Augmentation",
+        limits=(0, 45),
+        batch=15.0,
+        frozen=False,
     )
     no_flip: bool = _setting(
-        False, "Do not mirror pictures: for things whose mirror image is another thing.", group="Augmentation"
+        False,
+        "Do not mirror pictures: for things whose mirror image is another thing.",
+        group="Augmentation",
+        frozen=False,
     )
     fill: str = _setting(
         "black", "What comes in at the borders: black, white, border (each picture's own border colour) or R,G,B.",
-        group="Augmentation", batch="border",
+        group="Augmentation", batch="border", frozen=False,
     )  # fmt: skip
 
     amp: str = _setting(
         "off", "Mixed precision in the backbone: off, bf16 or fp16 (made for CUDA; the head stays in float32).",
-        group="Machine", choices=("off", "bf16", "fp16"),
+        group="Machine", choices=("off", "bf16", "fp16"), frozen=False,
     )  # fmt: skip
     channels_last: bool = _setting(
-        False, "Keep pictures as NHWC in memory, which tensor cores prefer.", group="Machine"
+        False,
+        "Keep pictures as NHWC in memory, which tensor cores prefer.",
+        group="Machine",
+        frozen=False,
     )
-    compile: bool = _setting(False, "Compile the backbone with torch.compile (a minute at the start).", group="Machine")
     device: str = _setting(
         "auto", "auto (CUDA if PyTorch has it, else CPU), cpu, cuda or cuda:N.", group="Machine", decisive=False
     )
@@ -184,7 +225,7 @@ class TrainConfig:
     )  # fmt: skip
     cache_mib: int = _setting(
         1024, "Memory for decoded training pictures, in MiB; those beyond it are decoded anew each time.",
-        group="Machine", limits=(0, 2**24), decisive=False,
+        group="Machine", limits=(0, 2**24), decisive=False, frozen=False,
     )  # fmt: skip
     seed: int = _setting(
         1, "Seed of initial weights, pair lists, augmentation and dropout.", group="Machine", limits=(0, 2**32 - 1)
@@ -210,8 +251,14 @@ class TrainConfig:
         """Settings that are not given take the default that goes with `pairing`.
 
         Raises:
-            UsageError: a value is out of its range.
+            UsageError: a value is out of its range, or has no effect together with the others.
         """
+        frozen = settings.get("freeze_backbone", False)
+        for field in dataclasses.fields(cls):
+            if settings.get(field.name) and field.metadata.get("only") not in (None, "", pairing):
+                raise UsageError(f"--{field.name}: has no effect with --pairing {pairing}; leave it out")
+            if settings.get(field.name) and frozen and not field.metadata.get("frozen", True):
+                raise UsageError(f"--{field.name}: has no effect with --freeze_backbone; leave it out")
         recipe = {} if pairing != "batch" else {
             field.name: field.metadata["batch"]
             for field in dataclasses.fields(cls)

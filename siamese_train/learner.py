@@ -54,7 +54,9 @@ class Learner:
             model.to(memory_format=torch.channels_last)
         if processes.count > 1 and device.type == "cuda" and not config.freeze_batchnorm:
             model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)  # type: ignore[no-untyped-call]
-        self.identity = nn.Linear(model.embedding_dim, n_classes).to(device) if config.identity_loss else None
+        # Of a frozen backbone it would learn alone, and change nothing.
+        classify = config.identity_loss and not config.freeze_backbone
+        self.identity = nn.Linear(model.embedding_dim, n_classes).to(device) if classify else None
         self._average = (
             AveragedModel(model, multi_avg_fn=partial(_follow, config.ema), use_buffers=True) if config.ema else None
         )
@@ -85,7 +87,8 @@ class Learner:
         config, device, processes = self.config, self.processes.device, self.processes
         counts = processes.counts(len(batch.labels))
         left, right = (index.to(device) for index in pair_indices(counts, config.pairing))
-        if len(left) < 2 or min(counts) == 0:
+        # In a process of its own, BatchNorm needs two pictures too.
+        if len(left) < 2 or (processes.count > 1 and min(counts) < (4 if config.pairing == "reference" else 2)):
             return None
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(epoch * self._steps_per_epoch + step, self._steps_per_epoch, config)
@@ -129,18 +132,25 @@ class Learner:
 
         Raises:
             CheckpointError: weights that do not fit.
-            ValueError: an optimiser of other groups; nothing but the weights is changed then.
+            ValueError: an optimiser or classifier of other sizes; nothing but the network is changed then.
         """
         load_strictly(self.model, state.get("model", model_state), source)
         if self._average:
             load_strictly(self.validated_model, model_state, source)
             self._average.n_averaged.fill_(state.get("averaged_steps", 0))
         if self.identity and "identity" in state:
+            if len(state["identity"]["bias"]) != self.identity.out_features:
+                raise ValueError("other classes than before")
             load_strictly(self.identity, state["identity"], f"{source}: identity classifier")
         own_settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(optimizer_state)
         for group, settings in zip(self.optimizer.param_groups, own_settings, strict=True):
             group.update(settings)
+        # The fused kernels take for granted that moments lie in memory as their weights do (--channels_last).
+        for parameter, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(moment)
         if state.get("scaler"):
             self._scaler.load_state_dict(state["scaler"])
 
@@ -173,7 +183,7 @@ class _Embed(nn.Module):
 
     def __init__(self, backbone: nn.Module, config: TrainConfig, device: torch.device) -> None:
         super().__init__()
-        self.backbone = torch.compile(backbone) if config.compile else backbone
+        self.backbone = backbone
         self._normalise = InputNormalisation().to(device)
         self._passes = 2 if config.pairing == "reference" else 1
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -199,7 +209,8 @@ class _Compare(nn.Module):
     def forward(
         self, embeddings: torch.Tensor, left: torch.Tensor, right: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        scores = self.cls_head(embeddings[left] * embeddings[right])[:, 0]
+        # Rows by F.embedding, because the gradient of indexing adds up in any order when threads share it.
+        scores = self.cls_head(F.embedding(left, embeddings) * F.embedding(right, embeddings))[:, 0]
         return scores, self.identity(embeddings) if self.identity else None
 
 

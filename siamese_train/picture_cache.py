@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 
 from PIL import Image
@@ -10,6 +9,7 @@ from tqdm import tqdm
 
 from siamese_deploy.errors import ImageError
 from siamese_deploy.image_folder import ImageFolder
+from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.preprocess import decode_image
 from siamese_deploy.providers import usable_cores
 
@@ -39,14 +39,15 @@ class PictureCache:
             return Image.frombytes("RGB", size, pixels)
         return decode_image(self.folder.absolute_path(image))
 
-    def fill(self, after_each: Callable[[], None]) -> None:
+    def fill(self, *, show_progress: bool = False) -> None:
         """Decode pictures in the folder's order until `max_bytes` are full; those that cannot be read are left out."""
         if not self.max_bytes:
             return
         room = self.max_bytes
         with (
+            interrupts_held() as let_interrupts_through,
             ThreadPool(usable_cores()) as threads,
-            tqdm(total=len(self.folder), desc="decoding", unit="image", leave=False, disable=None) as bar,
+            tqdm(total=len(self.folder), desc="decoding", unit="image", leave=False, disable=not show_progress) as bar,
         ):
             for image, decoded in enumerate(threads.imap(self._decode, range(len(self.folder)))):
                 if decoded:
@@ -55,7 +56,7 @@ class PictureCache:
                         break
                     self._decoded[image] = decoded
                 bar.update()
-                after_each()
+                let_interrupts_through()
 
     def _decode(self, image: int) -> tuple[tuple[int, int], bytes] | None:
         try:

@@ -50,6 +50,13 @@ class Processes:
         parts[self.rank] = mine
         return torch.cat(parts)
 
+    def texts(self, mine: str) -> list[str]:
+        """The text that each process gives, in the order of ranks."""
+        data = torch.tensor(list(mine.encode()), dtype=torch.uint8, device=self.device)
+        counts = self.counts(len(data))
+        parts = torch.split(self.rows(data, counts), counts)
+        return [bytes(part.tolist()).decode() for part in parts]
+
     def any(self, mine: bool) -> bool:
         """Whether it is so in any of the processes."""
         return any(self.counts(int(mine)))

@@ -29,6 +29,8 @@ class Progress:
     n_pairs: int = 0
     best_loss: float = math.inf
     """Lowest validation loss of a completed epoch."""
+    stale_epochs: int = 0
+    """Completed since the one with the lowest validation loss."""
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     """Metrics of each completed epoch."""
     validation: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -39,11 +41,6 @@ class Progress:
     def begin_epoch(self) -> None:
         self.step = self.n_pairs = 0
         self.loss_sum = self.correct = 0.0
-
-    def stale_epochs(self) -> int:
-        """Epochs since the one with the lowest validation loss."""
-        losses = [row["val_loss"] for row in self.history]
-        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def resume(config: TrainConfig, data: dict[str, Any], learner: Learner) -> Progress | None:
@@ -79,14 +76,14 @@ def resume(config: TrainConfig, data: dict[str, Any], learner: Learner) -> Progr
     source = str(checkpoint.path)
     try:
         learner.restore(source, checkpoint.model_state, checkpoint.optimizer_state, own.get("learner", {}))
-    except ValueError:  # PyTorch's, for parameters in other groups
-        print(one_line(f"{source}: the optimiser starts anew, its settings changed"), file=sys.stderr)
+    except ValueError:
+        print(one_line(f"{source}: the optimiser starts anew, what it learns with changed"), file=sys.stderr)
     progress = Progress(**own["progress"])
     if changed or changed_data:
         progress.begin_epoch()  # steps of another pair list do not count
         progress.due = []  # what was due belongs to the settings before
     if changed_data or before["image_size"] != config.image_size:
-        progress.best_loss = math.inf  # a loss on other pictures is no measure for these
+        progress.best_loss, progress.stale_epochs = math.inf, 0  # a loss on other pictures is no measure for these
     print(one_line(f"resuming {source}: epoch {progress.epoch + 1}, step {progress.step}"), file=sys.stderr)
     return progress
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -88,7 +89,12 @@ def _train(config: TrainConfig, processes: Processes) -> None:
     torch.manual_seed(config.seed)
     model = SiameseNetwork(config.backbone, config.image_size, config.embedding_dim)
     if not config.resume or not any(config.out_path.glob("*.pth")):
-        load_initial_weights(model, config.backbone, config.weights, config.embedding_dim)
+        whole = load_initial_weights(model, config.backbone, config.weights, config.embedding_dim)
+        if config.freeze_backbone and not whole:
+            raise UsageError(
+                "--freeze_backbone: --weights gives no learned weights to all layers of the backbone "
+                "(--embedding_dim makes a new last one); give a file of weights that has them"
+            )
     learner = Learner(model.to(device), config, n_classes, n_steps, processes)
     verifier = TorchVerifier(learner.validated_model, preprocess, device)
 
@@ -105,11 +111,7 @@ def _train(config: TrainConfig, processes: Processes) -> None:
     skipped = _SkippedPictures(config.out_path / "skipped_pictures.csv")
     skipped.add(config.train_path, train_folder.skipped)
 
-    # torchrun passes a signal on that its processes may have got already.
-    with (
-        locked_folder(config.out_path) if processes.is_first else nullcontext(),
-        interrupts_held(second_ends=processes.count == 1) as interrupts,
-    ):
+    with locked_folder(config.out_path) if processes.is_first else nullcontext():
         if config.resume:
             progress = resume(config, data, learner) or Progress()
         else:
@@ -122,8 +124,7 @@ def _train(config: TrainConfig, processes: Processes) -> None:
                 for stale in config.out_path.glob(f".{name}.*.tmp"):  # of a killed run: the lock proves that none lives
                     stale.unlink()
             _write_json(config.out_path / "config.json", config.to_json())
-        summary = Summary(config.out_path / "summary", config, progress.epoch) if processes.is_first else None
-        saved_at, started, first_epoch = time.monotonic(), time.monotonic(), progress.epoch
+            summary = Summary(config.out_path / "summary", config, progress.epoch)
 
         def save(name: str) -> None:
             run = {
@@ -148,6 +149,26 @@ def _train(config: TrainConfig, processes: Processes) -> None:
             _if_possible(partial(_write_lines, config.out_path / "metrics.jsonl", progress.history))
             return [name for name in progress.due if _if_possible(partial(save, name))]
 
+        if processes.is_first:
+            leave_epoch_behind()
+        stop = _stops_early(config, progress)
+        val_embeddings: ImageEmbeddings | None = None
+        if progress.epoch < config.epochs and not stop:
+            pictures: Dataset[Item]
+            if config.freeze_backbone:
+                show = processes.is_first and sys.stderr.isatty()
+                train_images, val_images = np.arange(len(train_folder)), val_pairs.unique_images()
+                train_embeddings = embed_images(verifier, train_folder, train_images, show_progress=show)
+                skipped.add(config.train_path, train_embeddings.skipped)
+                pictures = EmbeddedPictures(train_folder, train_embeddings)
+                if processes.is_first:
+                    val_embeddings = embed_images(verifier, val_folder, val_images)
+            else:
+                cache = PictureCache(train_folder, config.cache_mib * 2**20)
+                cache.fill(show_progress=processes.is_first and sys.stderr.isatty())
+                pictures = AugmentedPictures(cache, preprocess, Augmentation.of(config), config.seed)
+            loader = training_batches(pictures, sampler, config, device)
+
         def let_interrupts_through(save: Callable[[], object]) -> None:
             """At the same step in all processes, after the first one has saved."""
             if processes.count == 1:
@@ -159,106 +180,95 @@ def _train(config: TrainConfig, processes: Processes) -> None:
                 interrupts()
                 sys.exit(128 + signal.SIGTERM)
 
-        if processes.is_first:
-            leave_epoch_behind()
-        val_embeddings: ImageEmbeddings | None = None
-        pictures: Dataset[Item]
-        if config.freeze_backbone:
-            val_embeddings = embed_images(verifier, val_folder, val_pairs.unique_images())
-            train_embeddings = embed_images(verifier, train_folder, np.arange(len(train_folder)), show_progress=True)
-            skipped.add(config.train_path, train_embeddings.skipped)
-            pictures = EmbeddedPictures(train_folder, train_embeddings)
-        else:
-            cache = PictureCache(train_folder, config.cache_mib * 2**20)
-            if progress.epoch < config.epochs:
-                cache.fill(interrupts)
-            pictures = AugmentedPictures(cache, preprocess, Augmentation.of(config), config.seed)
-        loader = training_batches(pictures, sampler, config, device)
+        saved_at, started, first_epoch = time.monotonic(), time.monotonic(), progress.epoch
+        # torchrun passes a signal on that its processes may have got already.
+        with interrupts_held(second_ends="TORCHELASTIC_RUN_ID" not in os.environ) as interrupts:
+            while progress.epoch < config.epochs and not stop:
+                # learn
+                epoch, progress.due = progress.epoch, []
+                sampler.epoch, sampler.first_step = epoch, progress.step
+                loss_sum = torch.tensor(progress.loss_sum, device=device)
+                correct = torch.tensor(float(progress.correct), device=device)  # a whole number in older checkpoints
+                n_images, epoch_started = 0, time.monotonic()
 
-        stop = _stops_early(config, progress)
-        while progress.epoch < config.epochs and not stop:
-            # learn
-            epoch, progress.due = progress.epoch, []
-            sampler.epoch, sampler.first_step = epoch, progress.step
-            loss_sum = torch.tensor(progress.loss_sum, device=device)
-            correct = torch.tensor(progress.correct, device=device)
-            n_images, epoch_started = 0, time.monotonic()
+                def save_within_epoch(loss_sum: torch.Tensor = loss_sum, correct: torch.Tensor = correct) -> None:
+                    progress.loss_sum, progress.correct = float(loss_sum), float(correct)
+                    save("last.pth")
 
-            def save_within_epoch(loss_sum: torch.Tensor = loss_sum, correct: torch.Tensor = correct) -> None:
-                progress.loss_sum, progress.correct = float(loss_sum), float(correct)
-                save("last.pth")
+                with _progress_bar(config, sampler, epoch, silent=not processes.is_first) as bar:
+                    for batch in loader:
+                        skipped.add(config.train_path, batch.skipped)
+                        try:
+                            result = learner.learn(batch, epoch, progress.step)
+                        except IntegrityError as error:
+                            raise IntegrityError(_not_finite("training", epoch, config)) from error
+                        if result:
+                            loss_sum += result.loss_sum  # in place, as save_within_epoch reads it
+                            correct += result.correct
+                            progress.n_pairs += result.n_pairs
+                            n_images += result.n_images
+                        progress.step += 1
+                        bar.update()
+                        if processes.is_first and time.monotonic() - saved_at >= 60 * config.save_minutes:
+                            _if_possible(save_within_epoch)
+                            saved_at = time.monotonic()
+                        let_interrupts_through(save_within_epoch)
+                images_per_s = n_images / (time.monotonic() - epoch_started)
+                if progress.n_pairs == 0:
+                    raise InputDataError(f"{config.train_path}: no training pair can be read; {skipped.first()}")
+                skipped.gather(processes)
 
-            with _progress_bar(config, sampler, epoch, silent=not processes.is_first) as bar:
-                for batch in loader:
-                    skipped.add(config.train_path, batch.skipped)
+                if processes.is_first:
+                    # validate, with the code that evaluates a bundle
                     try:
-                        result = learner.learn(batch, epoch, progress.step)
+                        if val_embeddings:
+                            evaluation = evaluate_embedded(verifier, val_folder, val_pairs, val_embeddings)
+                        else:
+                            evaluation = evaluate_pairs(verifier, val_folder, val_pairs)
                     except IntegrityError as error:
-                        raise IntegrityError(_not_finite("training", epoch, config)) from error
-                    if result:
-                        loss_sum += result.loss_sum  # in place, as save_within_epoch reads it
-                        correct += result.correct
-                        progress.n_pairs += result.n_pairs
-                        n_images += result.n_images
-                    progress.step += 1
-                    bar.update()
-                    if processes.is_first and time.monotonic() - saved_at >= 60 * config.save_minutes:
-                        _if_possible(save_within_epoch)
-                        saved_at = time.monotonic()
-                    let_interrupts_through(save_within_epoch)
-            images_per_s = n_images / (time.monotonic() - epoch_started)
-            if progress.n_pairs == 0:
-                raise InputDataError(f"{config.train_path}: no training pair can be read; {skipped.first()}")
+                        raise IntegrityError(_not_finite("validation", epoch, config)) from error
+                    skipped.add(config.val_path, evaluation.skipped)
 
-            if processes.is_first:
-                # validate, with the code that evaluates a bundle
-                try:
-                    if val_embeddings:
-                        evaluation = evaluate_embedded(verifier, val_folder, val_pairs, val_embeddings)
-                    else:
-                        evaluation = evaluate_pairs(verifier, val_folder, val_pairs)
-                except IntegrityError as error:
-                    raise IntegrityError(_not_finite("validation", epoch, config)) from error
-                skipped.add(config.val_path, evaluation.skipped)
-
-                # record
-                metrics = {
-                    "train_loss": float(loss_sum) / progress.n_pairs,
-                    "train_acc": float(correct) / progress.n_pairs,
-                    "val_loss": evaluation.metrics.loss,
-                    "val_acc": evaluation.metrics.accuracy,
-                    "learning_rate": learning_rate_at((epoch + 1) * n_steps - 1, n_steps, config),
-                }
-                if evaluation.metrics.roc_auc is not None:
-                    metrics["val_roc_auc"] = evaluation.metrics.roc_auc
-                is_best = metrics["val_loss"] < progress.best_loss
-                if summary:
+                    # record
+                    metrics = {
+                        "train_loss": float(loss_sum) / progress.n_pairs,
+                        "train_acc": float(correct) / progress.n_pairs,
+                        "val_loss": evaluation.metrics.loss,
+                        "val_acc": evaluation.metrics.accuracy,
+                        "learning_rate": learning_rate_at((epoch + 1) * n_steps - 1, n_steps, config),
+                    }
+                    if evaluation.metrics.roc_auc is not None:
+                        metrics["val_roc_auc"] = evaluation.metrics.roc_auc
+                    is_best = metrics["val_loss"] < progress.best_loss
+                    progress.stale_epochs = 0 if is_best else progress.stale_epochs + 1
                     scalars = metrics | {"images_per_s": images_per_s}
                     _if_possible(partial(summary.add, epoch, scalars, evaluation, with_pictures=is_best))
-                progress.history.append({"epoch": epoch + 1, **metrics})
-                progress.validation = {"val_pairs": len(evaluation.pairs), "val_pair_digest": evaluation.pair_digest}
-            progress.epoch += 1
-            progress.begin_epoch()
+                    progress.history.append({"epoch": epoch + 1, **metrics})
+                    progress.validation = {
+                        "val_pairs": len(evaluation.pairs),
+                        "val_pair_digest": evaluation.pair_digest,
+                    }
+                progress.epoch += 1
+                progress.begin_epoch()
+                if processes.is_first:
+                    progress.due = ["best.pth"] if is_best else []
+                    progress.due += [f"epoch_{epoch + 1}.pth"] if (epoch + 1) % config.save_after == 0 else []
+                    best_before, progress.best_loss = progress.best_loss, min(progress.best_loss, metrics["val_loss"])
+                    names = leave_epoch_behind()
+                    if "best.pth" in progress.due and "best.pth" not in names:
+                        progress.best_loss = best_before  # so that the next good one is saved
+                    left_s = (
+                        (time.monotonic() - started) / (progress.epoch - first_epoch) * (config.epochs - progress.epoch)
+                    )
+                    _print_epoch(config, epoch, metrics, images_per_s, left_s, names)
+                    skipped.report()
+                let_interrupts_through(partial(save, "last.pth"))
+                stop = processes.any(processes.is_first and _stops_early(config, progress))
             if processes.is_first:
-                progress.due = ["best.pth"] if is_best else []
-                progress.due += [f"epoch_{epoch + 1}.pth"] if (epoch + 1) % config.save_after == 0 else []
-                best_before, progress.best_loss = progress.best_loss, min(progress.best_loss, metrics["val_loss"])
-                names = leave_epoch_behind()
-                if "best.pth" in progress.due and "best.pth" not in names:
-                    progress.best_loss = best_before  # so that the next good one is saved
-                left_s = (
-                    (time.monotonic() - started) / (progress.epoch - first_epoch) * (config.epochs - progress.epoch)
-                )
-                _print_epoch(config, epoch, metrics, images_per_s, left_s, names)
-                skipped.report()
-            let_interrupts_through(partial(save, "last.pth"))
-            stop = processes.any(processes.is_first and _stops_early(config, progress))
-        if processes.is_first:
-            if stop:
-                print(f"stopped early: no lower validation loss for {config.early_stopping} epochs", flush=True)
-            save("last.pth")
-        if summary:
-            summary.close()
+                if stop:
+                    print(f"stopped early: no lower validation loss for {config.early_stopping} epochs", flush=True)
+                save("last.pth")
+                summary.close()
 
 
 def _check_batches(config: TrainConfig, sampler: EpochSampler, folder: ImageFolder, n_processes: int) -> None:
@@ -267,16 +277,17 @@ def _check_batches(config: TrainConfig, sampler: EpochSampler, folder: ImageFold
             f"{config.train_path}: {len(folder)} pictures are fewer than one batch of {config.batch_size}; "
             "add pictures or lower --batch_size"
         )
-    columns = sampler.smallest_step
-    if columns < 2 * n_processes:
+    # Two pairs for the head's BatchNorm, and two pictures in every process for the backbone's.
+    least = 2 * n_processes if config.pairing == "reference" else max(3, 2 * n_processes)
+    if sampler.smallest_step < least:
         raise UsageError(
-            f"a step of {columns} pairs or pictures is too small for {n_processes} processes: each needs 2 or more; "
-            "raise --batch_size or --classes_per_batch, or start fewer processes"
+            f"a step of {sampler.smallest_step} {'pairs' if config.pairing == 'reference' else 'pictures'} is too "
+            f"small for {n_processes} processes, which need {least}; raise --batch_size or --classes_per_batch"
         )
 
 
 def _stops_early(config: TrainConfig, progress: Progress) -> bool:
-    return 0 < config.early_stopping <= progress.stale_epochs()
+    return 0 < config.early_stopping <= progress.stale_epochs
 
 
 def _print_start(config: TrainConfig, data: dict[str, Any], processes: Processes) -> None:
@@ -320,9 +331,17 @@ class _SkippedPictures:
             path = str(root / file.path)
             self._files.setdefault(path, SkippedFile(path, file.reason))
 
+    def gather(self, processes: Processes) -> None:
+        """Add those of the other processes."""
+        mine = json.dumps([(file.path, file.reason) for file in self._files.values()])
+        for text in processes.texts(mine):
+            for path, reason in json.loads(text):
+                self._files.setdefault(path, SkippedFile(path, reason))
+
     def first(self) -> str:
-        file = next(iter(self._files.values()))
-        return f"first: {file.path}: {file.reason}"
+        for file in self._files.values():
+            return f"first: {file.path}: {file.reason}"
+        return "raise --classes_per_batch or --images_per_class"
 
     def report(self) -> None:
         if len(self._files) > self._n_reported:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -17,10 +18,13 @@ from siamese_deploy.errors import CheckpointError, EnvironmentFault, InputDataEr
 from siamese_train.model import SiameseNetwork
 
 
-def load_initial_weights(model: SiameseNetwork, backbone: str, weights: str, embedding_dim: int = 0) -> None:
+def load_initial_weights(model: SiameseNetwork, backbone: str, weights: str, embedding_dim: int = 0) -> bool:
     """Fill `model` as --weights says: "none" leaves it random, "default" and a file load the backbone (or everything).
 
     A last layer of `embedding_dim` outputs that the weights do not have stays random.
+
+    Returns:
+        Whether the backbone has learned weights in all its layers.
 
     Raises:
         EnvironmentFault: pretrained weights are not on this machine and cannot be fetched.
@@ -28,7 +32,7 @@ def load_initial_weights(model: SiameseNetwork, backbone: str, weights: str, emb
         CheckpointError: the file is damaged or belongs to another network.
     """
     if weights == "none":
-        return
+        return False
     if weights == "default":
         state = _pretrained_state(backbone)
     elif not Path(weights).is_file():
@@ -37,8 +41,9 @@ def load_initial_weights(model: SiameseNetwork, backbone: str, weights: str, emb
         state = load_safely(Path(weights), Path(weights).read_bytes())
     if isinstance(state.get("model_state_dict"), dict):
         load_strictly(model, state["model_state_dict"], weights)
-        return
-    state = _without_auxiliary(state)
+        return True
+    state = _as_the_network_names_them(state, model.backbone)
+    new: list[str] = []
     if embedding_dim:
         # Weight and bias of the new last layer stay random, the only ones whose shape follows from the outputs.
         own = model.backbone.state_dict()
@@ -46,6 +51,7 @@ def load_initial_weights(model: SiameseNetwork, backbone: str, weights: str, emb
         if len(new) <= 2:
             state |= {key: own[key] for key in new}
     load_strictly(model.backbone, state, weights)
+    return not new
 
 
 def load_strictly(module: nn.Module, state: dict[str, Any], source: str) -> None:
@@ -111,9 +117,15 @@ def _hash_prefix(file: Path) -> str:
     return file.stem.rpartition("-")[2]
 
 
-def _without_auxiliary(state: dict[str, Any]) -> dict[str, Any]:
-    """Without the extra classifiers that GoogLeNet and Inception use in training only."""
-    return {key: value for key, value in state.items() if not str(key).startswith(("aux1.", "aux2.", "AuxLogits."))}
+def _as_the_network_names_them(state: dict[str, Any], network: nn.Module) -> dict[str, Any]:
+    """Weights of torchvision, some of whose files are older than its networks."""
+    # GoogLeNet's and Inception's extra classifiers are of use in training only.
+    state = {key: value for key, value in state.items() if not str(key).startswith(("aux1.", "aux2.", "AuxLogits."))}
+    # DenseNet's layers were once called norm.1 and conv.2.
+    state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", str(key)): state[key] for key in state}
+    # BatchNorm did not always count its batches, and the count has no effect.
+    counts = [key for key in network.state_dict() if key.endswith(".num_batches_tracked") and key not in state]
+    return state | {key: torch.tensor(0) for key in counts}
 
 
 def load_safely(path: Path, data: bytes) -> dict[str, Any]:

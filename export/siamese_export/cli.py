@@ -13,18 +13,37 @@ from siamese_deploy.errors import needs_extra, one_line
 @click.command(cls=Command, name="siamese-export")
 @click.option("-c", "--checkpoint", required=True, type=PATH, help="Checkpoint file (.pth), ours or the reference's.")
 @click.option("-o", "--out_path", required=True, type=PATH, help="Bundle folder to make; must not exist.")
-@click.option("--val_path", type=PATH, help="Pictures to prove parity on; without it, drawn ones.")
-def main(checkpoint: Path, out_path: Path, val_path: Path | None) -> None:
+@click.option(
+    "--val_path", type=PATH, help="Validation pictures, for parity, accuracy and threshold; without it, drawn ones."
+)
+@click.option(
+    "--target_far",
+    type=float,
+    help="False accept rate on VAL_PATH that the threshold is for.  [default: 0.001, if there are pairs enough; else "
+    "the threshold is the reference's 0.5]",
+)
+def main(checkpoint: Path, out_path: Path, val_path: Path | None, target_far: float | None) -> None:
     """Export a checkpoint as a bundle of two ONNX graphs, after proving that they answer like PyTorch."""
     with needs_extra("export"):
         import onnxscript  # noqa: F401  torch loads it late; if it is missing, say so before any work
 
         from siamese_export.export import export_checkpoint
-    exported = export_checkpoint(checkpoint, out_path, val_path)
-    parity = exported.parity
-    click.echo(one_line(f"parity on {parity.pictures} pictures ({parity.source}), batches 1, 2, 3 and 17:"))
+        from siamese_export.parity import BATCH_SIZES
+    exported = export_checkpoint(checkpoint, out_path, val_path, target_far=target_far)
+    parity, accuracy = exported.parity, exported.accuracy
+    batches = ", ".join(map(str, BATCH_SIZES))
+    click.echo(one_line(f"parity on {parity.pictures} pictures ({parity.source}), batches {batches}:"))
     click.echo(f"  backbone    relative embedding error {parity.relative_embedding_error:.1e}")
     click.echo(f"  head        max score difference     {parity.head_score_difference:.1e}")
     click.echo(f"  end to end  max score difference     {parity.end_to_end_score_difference:.1e}")
+    if accuracy:
+        click.echo(one_line(f"accuracy on all {accuracy.pairs:,} pairs of {accuracy.source}:"))
+        click.echo(f"  ROC AUC {accuracy.roc_auc:.4f}  equal error rate {accuracy.equal_error_rate:.4f}")
+        rates = (
+            f"{far}: {'too few pairs' if tar is None else f'{tar:.4f}'}" for far, tar in accuracy.tar_at_far.items()
+        )
+        click.echo(f"  true accept rate at false accept rate  {'  '.join(rates)}")
+    manifest = exported.bundle.manifest
+    click.echo(one_line(f"threshold: {manifest.threshold:.4f} ({manifest.threshold_origin})"))
     click.echo(f"bundle digest: {exported.bundle.digest}")
     click.echo(one_line(f"bundle: {out_path}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -16,11 +16,12 @@ import torch
 from siamese_deploy.bundle import Bundle, Golden, Manifest, golden_image
 from siamese_deploy.demo_data import draw_character
 from siamese_deploy.durable_files import refuse_existing
-from siamese_deploy.errors import EnvironmentFault, ImageError, InputDataError
+from siamese_deploy.errors import EnvironmentFault, ImageError, InputDataError, UsageError
 from siamese_deploy.image_folder import scan_image_folder
 from siamese_deploy.preprocess import Preprocess, load_image, resize_image
 from siamese_deploy.runtime import OnnxVerifier
 from siamese_deploy.verifier import Images
+from siamese_export.accuracy import Accuracy, measure_accuracy
 from siamese_export.graphs import backbone_graph, head_graph
 from siamese_export.parity import BATCH_SIZES, Parity, measure_parity, require_parity
 from siamese_train.checkpoint import Checkpoint, read_checkpoint
@@ -38,21 +39,30 @@ _TOOLS = ("siamese-toolkit", "torch", "torchvision", "onnx", "onnxscript", "nump
 class Exported:
     bundle: Bundle
     parity: Parity
+    accuracy: Accuracy | None
+    """None without validation pictures."""
 
 
-def export_checkpoint(checkpoint_path: Path, target: Path, val_path: Path | None = None) -> Exported:
+def export_checkpoint(
+    checkpoint_path: Path, target: Path, val_path: Path | None = None, *, target_far: float | None = None
+) -> Exported:
     """Export a checkpoint as the new bundle folder `target`.
 
     Args:
-        val_path: folder of pictures to measure parity on; without one, made-up characters are drawn.
+        val_path: folder of pictures to measure parity and accuracy on; without one, parity is measured on made-up
+            characters and the threshold is DEFAULT_THRESHOLD.
+        target_far: false accept rate that the threshold is for, in (0, 1); None: 0.001 where `val_path` has pairs
+            enough to tell, else the threshold is DEFAULT_THRESHOLD.
 
     Raises:
-        UsageError: `target` exists, or its parent folder does not.
+        UsageError: `target` exists, or its parent folder does not; `target_far` out of range or without `val_path`.
         EnvironmentFault: the installed ONNX Runtime is too old to prove an export with.
-        InputDataError: no checkpoint, or no readable picture in `val_path`.
+        InputDataError: no checkpoint; no readable picture in `val_path`; too few of them for `target_far`.
         CheckpointError: not a checkpoint, damaged, or of another network.
         ParityError: the graphs do not answer like the network; nothing is written.
     """
+    if target_far is not None and not (val_path and 0 < target_far < 1):
+        raise UsageError(f"--target_far: expected a rate between 0 and 1, together with --val_path, got {target_far}")
     refuse_existing(target)
     _require_recent_onnxruntime()
     checkpoint = read_checkpoint(checkpoint_path)
@@ -61,11 +71,19 @@ def export_checkpoint(checkpoint_path: Path, target: Path, val_path: Path | None
 
     bundle = _build(checkpoint, reference)
     # On the CPU, as PyTorch; the golden check repeats the proof on whatever provider opens the bundle later.
-    parity = measure_parity(reference, OnnxVerifier(bundle, provider="cpu"), images, source)
+    verifier = OnnxVerifier(bundle, provider="cpu")
+    parity = measure_parity(reference, verifier, images, source)
     require_parity(parity)
     bundle.manifest.about["parity"] = parity.to_json()
+    accuracy = measure_accuracy(verifier, val_path, target_far) if val_path else None
+    if accuracy:
+        bundle.manifest.about["accuracy"] = accuracy.to_json()
+    if accuracy and accuracy.operating_point:
+        point = accuracy.operating_point
+        manifest = replace(bundle.manifest, threshold=point.threshold, threshold_origin=accuracy.origin_of(point))
+        bundle = replace(bundle, manifest=manifest)
     bundle.write(target)
-    return Exported(bundle, parity)
+    return Exported(bundle, parity, accuracy)
 
 
 def _require_recent_onnxruntime() -> None:

@@ -85,7 +85,11 @@ class Command(click.Command):
                 _fail(ctx, f"a loading process died ({error}); use fewer --workers, and --resume to go on", 5)
             # torch's, known by name and text because torch may be absent
             if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
-                _fail(ctx, "out of memory; use a smaller --batch_size or --image_size, or --device cpu", 5)
+                _fail(
+                    ctx,
+                    "out of memory; lower --batch_size, --classes_per_batch or --image_size, or use --device cpu",
+                    5,
+                )
             _fail(ctx, f"internal error: {error!r}; this is a bug, please report it with --debug's output", 70)
 
 

@@ -47,6 +47,21 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     assert (done.returncode, done.stdout) == (143, "")
 
 
+def test_a_repeated_signal_can_be_left_to_the_first_also_in_nested_blocks() -> None:
+    code = (
+        "import signal; from siamese_deploy.interrupts import interrupts_held\n"
+        "try:\n"
+        "    with interrupts_held(second_ends=False) as outer:\n"
+        "        with interrupts_held():\n"
+        "            signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGTERM)\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "        outer(lambda: print('saved'))\n"
+        "except KeyboardInterrupt: print('never')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "saved\n")  # the last one to arrive
+
+
 def test_a_forked_worker_ends_on_sigterm_and_leaves_sigint_to_its_parent() -> None:
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 7)):
         with interrupts_held():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from siamese_deploy.errors import InputDataError
 from siamese_deploy.image_folder import ImageFolder, scan_image_folder
-from siamese_deploy.pairs import sample_pairs
+from siamese_deploy.pairs import every_pair, sample_pairs
 
 
 def folder_of(class_sizes: list[int]) -> ImageFolder:
@@ -100,6 +100,13 @@ def test_global_random_state_is_neither_used_nor_changed(pictures: Path) -> None
 def test_refuses_folders_that_cannot_give_both_kinds(class_sizes: list[int], words: str) -> None:
     with pytest.raises(InputDataError, match=words):
         sample_pairs(folder_of(class_sizes))
+
+
+def test_every_pair_is_there_once_and_none_with_itself() -> None:
+    pairs = every_pair(folder_of([3, 2, 1]))
+    found = sorted(zip(pairs.left.tolist(), pairs.right.tolist(), strict=True))
+    assert found == [(a, b) for a in range(6) for b in range(a + 1, 6)]
+    assert int(pairs.is_same.sum()) == 3 + 1
 
 
 def test_where_keeps_order_and_changes_the_digest() -> None:

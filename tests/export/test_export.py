@@ -19,6 +19,9 @@ from onnx import numpy_helper
 from siamese_deploy import OnnxVerifier, read_bundle
 from siamese_deploy.demo_data import draw_character
 from siamese_deploy.errors import ParityError
+from siamese_deploy.evaluate import evaluate_pairs
+from siamese_deploy.image_folder import scan_image_folder
+from siamese_deploy.pairs import every_pair
 from siamese_export import export as export_module
 from siamese_export.cli import main as export_main
 from siamese_export.export import export_checkpoint
@@ -99,7 +102,7 @@ def test_manifest_says_what_was_proven_and_where_it_came_from(bundle: Path, chec
     about = manifest["about"]
     assert about["checkpoint"]["sha256"] == read_checkpoint(checkpoint).sha256
     assert about["training"] == {"data": {"train_images": 16}, "metrics": {"val_loss": 0.5}}
-    assert about["parity"]["batch_sizes"] == [1, 2, 3, 17]
+    assert about["parity"]["batch_sizes"] == [1, 2, 3, 17, 64]
     assert about["parity"]["source"] == "drawn characters"
     assert 0 < about["parity"]["end_to_end_score_difference"] <= 1e-4
     assert about["tools"]["torch"] == metadata.version("torch")
@@ -173,6 +176,46 @@ def test_a_checkpoint_of_the_reference_scripts_exports_at_224(run: RunCommand, t
     result = run(export_main, "-c", path, "-o", tmp_path / "bundle")
     assert result.exit_code == 0, result.output
     assert read_bundle(tmp_path / "bundle").manifest.preprocess.size_hw == (224, 224)
+
+
+def test_the_threshold_is_chosen_on_all_validation_pairs(
+    run: RunCommand, checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "bundle"
+    result = run(export_main, "-c", checkpoint, "-o", target, "--val_path", pictures, "--target_far", 0.2)
+    assert result.exit_code == 0, result.output
+    bundle = read_bundle(target)
+    manifest = bundle.manifest
+    assert manifest.threshold_origin.startswith("false accept rate at most 0.2 on 120 pairs of pictures")
+    folder = scan_image_folder(pictures)
+    evaluation = evaluate_pairs(OnnxVerifier(target, provider="cpu"), folder, every_pair(folder))
+    accepted = evaluation.scores >= manifest.threshold
+    false_accepts = accepted[~evaluation.pairs.is_same].mean()
+    assert 0 < false_accepts <= 0.2
+    accuracy = manifest.about["accuracy"]
+    assert accuracy["roc_auc"] == evaluation.metrics.roc_auc
+    assert (accuracy["pairs"], accuracy["same_pairs"]) == (120, 24)
+    assert [accuracy["tar_at_far"][far] is None for far in ("0.1", "0.01", "0.001", "0.0001")] == [True] * 4
+    assert f"threshold: {manifest.threshold:.4f} (false accept rate at most 0.2" in result.stdout
+    assert bundle.digest == export_checkpoint(checkpoint, tmp_path / "plain").bundle.digest  # no part of the identity
+
+
+def test_a_rate_that_cannot_be_resolved(run: RunCommand, checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    arguments = ("-c", checkpoint, "-o", target, "--val_path", pictures)
+    result = run(export_main, *arguments, "--target_far", 0.001)
+    assert result.exit_code == 3
+    assert "needs 10,000 different pairs" in result.stderr
+    assert "got 96" in result.stderr
+    for far in ("0", "1", "nan"):
+        assert_refused(run(export_main, *arguments, "--target_far", far), 2, "--target_far: expected a rate between")
+    assert_refused(run(export_main, "-c", checkpoint, "-o", target, "--target_far", 0.1), 2, "together with --val_path")
+    assert not target.exists()
+    result = run(export_main, *arguments)  # not asked for: the figures are measured, the threshold is the default
+    assert result.exit_code == 0, result.output
+    assert read_bundle(target).manifest.threshold == 0.5
+    assert "threshold: 0.5000 (default" in result.stdout
+    assert "0.001: too few pairs" in result.stdout
 
 
 def test_small_and_partly_unreadable_parity_folders(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def batches(
     config = TrainConfig(root, root, Path("out"), **({"batch_size": 5} | options))
     folder = scan_image_folder(root)
     cache = PictureCache(folder, cache_bytes)
-    cache.fill(lambda: None)
+    cache.fill()
     pictures = AugmentedPictures(cache, Preprocess((24, 32)), augmentation or Augmentation(), config.seed)
     sampler = epoch_sampler(folder, config, processes or Processes(CPU))
     sampler.epoch = epoch
@@ -92,7 +92,7 @@ def test_decoded_pictures_stay_below_their_limit_and_are_not_read_again(pictures
     folder, one = scan_image_folder(pictures), 40 * 48 * 3
     for room, expected in ((0, 0), (one - 1, 0), (5 * one, 5), (5 * one + 1, 5), (100 * one, 16)):
         cache = PictureCache(folder, room)
-        cache.fill(lambda: None)
+        cache.fill()
         assert len(cache) == expected
     for file in pictures.rglob("*.png"):
         file.unlink()

@@ -145,6 +145,16 @@ def test_dropout_depends_on_the_place_in_the_run_alone() -> None:
     assert len({loss(3, 4), loss(3, 5), loss(4, 4), loss(3, 4, seed=2)}) == 4
 
 
+def test_a_large_batch_gives_the_same_gradient_bit_for_bit() -> None:
+    """Many pairs share each picture, and the threads that add up its gradient must not race."""
+    gradients = []
+    for _ in range(6):
+        learner = learner_for(replace(IN_BATCH, image_size=32))
+        learner.learn(batch_of([label for label in range(4) for _ in range(12)]), 0, 0)
+        gradients.append(torch.cat([p.grad.flatten() for p in learner.model.parameters() if p.grad is not None]))
+    assert all(torch.equal(gradients[0], gradient) for gradient in gradients)
+
+
 def test_learning_rates() -> None:
     config = replace(IN_BATCH, learning_rate=1.0, epochs=10, warmup_epochs=2.0)
     rates = [learning_rate_at(step, 5, config) for step in range(50)]

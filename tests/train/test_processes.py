@@ -91,3 +91,12 @@ def test_too_many_processes_are_refused(pictures: Path, tmp_path: Path) -> None:
     )
     assert "is too small for 2 processes" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_unreadable_pictures_of_every_process_are_listed(pictures: Path, tmp_path: Path) -> None:
+    names = [str(file) for file in (pictures / "apple/1.png", pictures / "cog/2.png", pictures / "door/0.png")]
+    for name in names:
+        Path(name).write_text("no picture")
+    trained(2, pictures, tmp_path / "out", *BATCH, "--images_per_class", "4", "-e", "2")
+    listing = (tmp_path / "out/skipped_pictures.csv").read_text()
+    assert all(name in listing for name in names)

@@ -33,7 +33,7 @@ EPOCHS = 3
 EVERYTHING: dict[str, Any] = {
     "pairing": "batch", "classes_per_batch": 2, "images_per_class": 3, "hard_negatives": 1.0, "identity_loss": 1.0,
     "optimizer": "adamw", "weight_decay": 0.01, "schedule": "cosine", "warmup_epochs": 1.0, "clip_norm": 1.0,
-    "ema": 0.9, "amp": "bf16", "embedding_dim": 64, "fill": "border",
+    "ema": 0.9, "amp": "fp16", "channels_last": True, "embedding_dim": 64, "fill": "border",
 }  # fmt: skip
 """All that adds state to a run; 16 pictures in steps of 6 make 2 steps an epoch."""
 
@@ -175,6 +175,44 @@ def test_resuming_a_finished_run_changes_nothing_and_an_empty_folder_starts(
     settings = json.loads((tmp_path / "out/config.json").read_text())
     assert (settings["epochs"], settings["learning_rate"]) == (2, 1e-3)
     assert read_checkpoint(tmp_path / "out/last.pth").optimizer_state["param_groups"][0]["lr"] == 1e-3
+
+
+def test_a_run_of_the_first_version_goes_on(pictures: Path, tmp_path: Path) -> None:
+    """Its checkpoints knew fewer settings, counted right pairs in whole numbers, and kept the generator's state."""
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    train(config_for(pictures, straight))
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(config_for(pictures, out))
+    (out / "best.pth").unlink()
+    content = torch.load(out / "last.pth", weights_only=True)
+    own = content["siamese_toolkit"]
+    known = ("backbone", "weights", "learning_rate", "epochs", "image_size", "batch_size", "seed")
+    own["config"] = {name: own["config"][name] for name in known}
+    own["progress"]["correct"] = int(own["progress"]["correct"])
+    del own["progress"]["stale_epochs"], own["learner"]
+    own["random"] = torch.get_rng_state()
+    torch.save(content, out / "last.pth")
+    train(config_for(pictures, out, resume=True))
+    assert all(torch.equal(value, outcome(straight)[0][key]) for key, value in outcome(out)[0].items())
+
+
+def test_other_memory_and_other_optimisers_after_a_resume(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(config_for(pictures, tmp_path / "a"), epochs=1)
+    train(config)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    again: dict[str, Any] = {"epochs": 2, "resume": True, "resume_changed": True}
+    train(replace(config, **again))
+    train(replace(config, **again, out_path=tmp_path / "b", channels_last=True))
+    one, other = (read_checkpoint(tmp_path / name / "last.pth").model_state for name in "ab")
+    assert max(float((value - other[key]).abs().max()) for key, value in one.items() if "running" not in key) < 0.01
+    capsys.readouterr()
+    train(replace(config, **(again | {"epochs": 3}), weight_decay=0.1))
+    assert "the optimiser starts anew" in capsys.readouterr().err
+    assert read_checkpoint(tmp_path / "a/last.pth").epoch == 3
 
 
 def test_damaged_checkpoints_are_passed_over(

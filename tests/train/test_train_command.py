@@ -22,11 +22,12 @@ from siamese_train.checkpoint import read_checkpoint
 from siamese_train.cli import train_eval_main, train_main
 from siamese_train.model import SiameseNetwork
 
-QUICK = ("-b", "shufflenet_v2_x0_5", "--weights", "none", "--image_size", "32", "--batch_size", "4")
+QUICK = ("-b", "shufflenet_v2_x0_5", "--weights", "none", "--image_size", "32")
 
 
 def arguments(pictures: Path, out: Path, *more: object) -> tuple[object, ...]:
-    return ("--train_path", pictures, "--val_path", pictures, "-o", out, *QUICK, *more)
+    steps = () if "batch" in more else ("--batch_size", 4)
+    return ("--train_path", pictures, "--val_path", pictures, "-o", out, *QUICK, *steps, *more)
 
 
 def test_writes_checkpoints_and_the_references_scalars(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
@@ -96,12 +97,18 @@ def test_tensorboard_shows_scores_the_most_wrong_pairs_and_the_settings(
 def test_a_frozen_backbone_is_left_as_it_was_and_the_head_learns(
     run: RunCommand, pictures: Path, tmp_path: Path
 ) -> None:
-    torch.manual_seed(1)
-    initial = SiameseNetwork("shufflenet_v2_x0_5", 32).state_dict()
+    network = random_network("shufflenet_v2_x0_5", 32)
+    initial = network.state_dict()
+    torch.save({"model_state_dict": initial}, tmp_path / "initial.pth")
     (pictures / "cog/0.png").write_text("no picture")
     for pairing in ("reference", "batch"):
         out = tmp_path / pairing
-        result = run(train_main, *arguments(pictures, out, "-e", 2, "--freeze_backbone", "--pairing", pairing))
+        result = run(
+            train_main,
+            *arguments(
+                pictures, out, "-e", 2, "--freeze_backbone", "--pairing", pairing, "--weights", tmp_path / "initial.pth"
+            ),
+        )
         assert result.exit_code == 0, result.output
         assert "skipped 1 files" in result.stderr
         state = read_checkpoint(out / "last.pth").model_state
@@ -123,6 +130,10 @@ def test_early_stopping_and_its_resume(run: RunCommand, pictures: Path, tmp_path
     assert losses.index(min(losses)) == len(losses) - 3
     again = run(train_main, *options, "--resume")
     assert (again.exit_code, "epoch" in again.stdout.replace("epochs", "")) == (0, False)
+    # losses on other pictures count for nothing
+    (pictures / "apple/0.png").unlink()
+    again = run(train_main, *options, "--resume", "--resume_changed")
+    assert (again.exit_code, f"epoch {len(losses) + 1}/50" in again.stdout) == (0, True), again.output
 
 
 def test_an_embedding_of_another_width_trains_evaluates_and_takes_weights(
@@ -180,15 +191,6 @@ def test_a_loading_process_that_dies_is_said_and_costs_no_checkpoint(pictures: P
     read_checkpoint(out / "epoch_2.pth")
 
 
-@pytest.mark.slow
-def test_torch_compile_trains(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
-    result = run(train_main, *arguments(pictures, tmp_path / "out", "-e", 1, "--compile"))
-    assert result.exit_code == 0, result.output
-    assert set(read_checkpoint(tmp_path / "out/best.pth").model_state) == set(
-        SiameseNetwork("shufflenet_v2_x0_5", 32).state_dict()
-    )
-
-
 def test_a_folder_with_checkpoints_or_a_file_is_refused(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -222,6 +224,23 @@ def test_wrong_options_and_folders(
     run: RunCommand, pictures: Path, tmp_path: Path, options: tuple[str, ...], exit_code: int, words: str
 ) -> None:
     assert_refused(run(train_main, *arguments(pictures, tmp_path / "out", *options)), exit_code, words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_options_and_options_without_effect(run: RunCommand, pictures: Path, tmp_path: Path) -> None:
+    assert_refused(run(train_main, "--val_path", pictures, "-o", tmp_path / "out"), 2, "Missing option '--train_path'")
+    for options, words in (
+        (("--pairing", "batch", "--batch_size", 8), "--batch_size: has no effect with --pairing batch"),
+        (("--images_per_class", 2), "--images_per_class: has no effect with --pairing reference"),
+        (("--freeze_backbone", "--no_flip"), "--no_flip: has no effect with --freeze_backbone"),
+        (("--freeze_backbone", "--identity_loss", 1), "--identity_loss: has no effect with --freeze_backbone"),
+    ):
+        assert_refused(run(train_main, *arguments(pictures, tmp_path / "out", *options)), 2, words)
+    # a new last layer would be frozen as it was drawn
+    torch.save(SiameseNetwork("shufflenet_v2_x0_5", 32).backbone.state_dict(), tmp_path / "full.pth")
+    options = ("--freeze_backbone", "--embedding_dim", 48, "--weights", tmp_path / "full.pth")
+    result = run(train_main, *arguments(pictures, tmp_path / "out", *options))
+    assert_refused(result, 2, "--freeze_backbone: --weights gives no learned weights to all layers")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,25 @@ def test_initial_weights_from_a_file_of_backbone_weights_or_a_checkpoint(tmp_pat
         load_initial_weights(network, SMALL[0], str(tmp_path / "nan.pth"))
     with pytest.raises(InputDataError, match="expected default, none or a file"):
         load_initial_weights(network, SMALL[0], str(tmp_path / "absent.pth"))
+
+
+def test_names_of_torchvisions_older_files(tmp_path: Path) -> None:
+    """Its first BatchNorm counted nothing, and DenseNet's layers were called norm.1 and conv.2."""
+    network = SiameseNetwork("densenet121", 32)
+    source = SiameseNetwork("densenet121", 32).backbone.state_dict()
+    old = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", key): value
+        for key, value in source.items()
+        if not key.endswith("num_batches_tracked")
+    }
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    torch.save(old, tmp_path / "old.pth")
+    assert load_initial_weights(network, "densenet121", str(tmp_path / "old.pth"))
+    assert all(
+        torch.equal(value, source[key])
+        for key, value in network.backbone.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    )
 
 
 def test_weights_none_leaves_the_network_alone() -> None:

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
 from siamese_deploy.cli.command import PATH, Command
-from siamese_deploy.errors import needs_extra, one_line
+from siamese_deploy.errors import UsageError, needs_extra, one_line
+
+
+def _print_bundle(path: Path) -> None:
+    from siamese_deploy.bundle import read_bundle
+
+    bundle = read_bundle(path)
+    manifest = bundle.manifest
+    height, width = manifest.preprocess.size_hw
+    lines = {
+        "bundle digest": bundle.digest,
+        "backbone": f"{manifest.backbone}, {len(bundle.backbone):,} bytes; head {len(bundle.head):,} bytes",
+        "embedding": f"{manifest.embedding_dim} numbers, {manifest.precision}",
+        "pictures": f"{width} x {height} px, {manifest.preprocess.resize}",
+        "batch": f"{manifest.batch[0]} to {manifest.batch[2]}, best {manifest.batch[1]}",
+        "threshold": f"{manifest.threshold:.4f} ({manifest.threshold_origin})",
+        "created": manifest.created_utc,
+    }
+    for name, value in lines.items():
+        click.echo(one_line(f"{name + ':':15}{value}"))
+    for name, facts in manifest.about.items():
+        click.echo(one_line(f"{name + ':':15}{json.dumps(facts, ensure_ascii=False)}"))
 
 
 @click.command(cls=Command, name="siamese-export")
-@click.option("-c", "--checkpoint", required=True, type=PATH, help="Checkpoint file (.pth), ours or the reference's.")
-@click.option("-o", "--out_path", required=True, type=PATH, help="Bundle folder to make; must not exist.")
+@click.option("-c", "--checkpoint", type=PATH, help="Checkpoint file (.pth), ours or the reference's.")
+@click.option("-o", "--out_path", type=PATH, help="Bundle folder to make; must not exist.")
 @click.option(
     "--val_path", type=PATH, help="Validation pictures, for parity, accuracy and threshold; without it, drawn ones."
 )
@@ -22,8 +44,19 @@ from siamese_deploy.errors import needs_extra, one_line
     help="False accept rate on VAL_PATH that the threshold is for.  [default: 0.001, if there are pairs enough; else "
     "the threshold is the reference's 0.5]",
 )
-def main(checkpoint: Path, out_path: Path, val_path: Path | None, target_far: float | None) -> None:
+@click.option("--show", type=PATH, help="Print what is in this bundle instead.")
+def main(
+    checkpoint: Path | None,
+    out_path: Path | None,
+    val_path: Path | None,
+    target_far: float | None,
+    show: Path | None,
+) -> None:
     """Export a checkpoint as a bundle of two ONNX graphs, after proving that they answer like PyTorch."""
+    if show:
+        return _print_bundle(show)
+    if checkpoint is None or out_path is None:
+        raise UsageError("expected --checkpoint FILE and --out_path FOLDER, or --show BUNDLE (see --help)")
     with needs_extra("export"):
         import onnxscript  # noqa: F401  torch loads it late; if it is missing, say so before any work
 

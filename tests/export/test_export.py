@@ -109,6 +109,20 @@ def test_manifest_says_what_was_proven_and_where_it_came_from(bundle: Path, chec
     assert about["tools"]["onnxruntime"]
 
 
+def test_show_tells_people_what_is_in_a_bundle(run: RunCommand, bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
+    shown = run(export_main, "--show", bundle)
+    assert shown.exit_code == 0, shown.output
+    manifest = read_bundle(bundle).manifest
+    for fact in (
+        read_bundle(bundle).digest, f"{SMALL[0]}, ", "64 x 64 px", "0.5000 (default", manifest.created_utc,
+        read_checkpoint(checkpoint).sha256, "parity:",
+    ):  # fmt: skip
+        assert fact in shown.stdout
+    assert_refused(run(export_main, "-c", checkpoint), 2, "expected --checkpoint FILE and --out_path FOLDER")
+    assert_refused(run(export_main, "--show", tmp_path / "absent"), 3, "no such bundle")
+    assert_refused(run(export_main, "--show", checkpoint), 4, "is a file")
+
+
 def test_scores_of_different_pairs_differ(bundle: Path) -> None:
     """Otherwise a parity of scores would prove little."""
     verifier = OnnxVerifier(bundle, provider="cpu")
@@ -179,13 +193,13 @@ def test_a_checkpoint_of_the_reference_scripts_exports_at_224(run: RunCommand, t
 
 
 def test_the_threshold_is_chosen_on_all_validation_pairs(
-    run: RunCommand, checkpoint: Path, pictures: Path, tmp_path: Path
+    run: RunCommand, checkpoint: Path, pictures: Path, tmp_path: Path, bundle: Path
 ) -> None:
     target = tmp_path / "bundle"
     result = run(export_main, "-c", checkpoint, "-o", target, "--val_path", pictures, "--target_far", 0.2)
     assert result.exit_code == 0, result.output
-    bundle = read_bundle(target)
-    manifest = bundle.manifest
+    exported = read_bundle(target)
+    manifest = exported.manifest
     assert manifest.threshold_origin.startswith("false accept rate at most 0.2 on 120 pairs of pictures")
     folder = scan_image_folder(pictures)
     evaluation = evaluate_pairs(OnnxVerifier(target, provider="cpu"), folder, every_pair(folder))
@@ -197,7 +211,7 @@ def test_the_threshold_is_chosen_on_all_validation_pairs(
     assert (accuracy["pairs"], accuracy["same_pairs"]) == (120, 24)
     assert [accuracy["tar_at_far"][far] is None for far in ("0.1", "0.01", "0.001", "0.0001")] == [True] * 4
     assert f"threshold: {manifest.threshold:.4f} (false accept rate at most 0.2" in result.stdout
-    assert bundle.digest == export_checkpoint(checkpoint, tmp_path / "plain").bundle.digest  # no part of the identity
+    assert exported.digest == read_bundle(bundle).digest  # the threshold is no part of the identity
 
 
 def test_a_rate_that_cannot_be_resolved(run: RunCommand, checkpoint: Path, pictures: Path, tmp_path: Path) -> None:

@@ -38,6 +38,18 @@ def test_own_file_has_the_references_keys(tmp_path: Path) -> None:
     assert {key.partition(".")[0] for key in content["model_state_dict"]} == {"backbone", "cls_head"}
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_that_a_wrapper_prefixed(tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    network = random_network()
+    path = reference_checkpoint(tmp_path / "best.pth", network, SMALL[0])
+    content = torch.load(path, weights_only=True)
+    content["model_state_dict"] = {prefix + key: value for key, value in content["model_state_dict"].items()}
+    torch.save(content, path)
+    state = read_checkpoint(path).model_state
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    assert "leaving out the prefix" in capsys.readouterr().err
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch executed",)

@@ -195,7 +195,8 @@ def test_a_run_of_the_first_version_goes_on(pictures: Path, tmp_path: Path) -> N
     own["random"] = torch.get_rng_state()
     torch.save(content, out / "last.pth")
     train(config_for(pictures, out, resume=True))
-    assert all(torch.equal(value, outcome(straight)[0][key]) for key, value in outcome(out)[0].items())
+    expected = outcome(straight)[0]
+    assert all(torch.equal(value, expected[key]) for key, value in outcome(out)[0].items())
 
 
 def test_other_memory_and_other_optimisers_after_a_resume(

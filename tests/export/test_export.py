@@ -214,6 +214,7 @@ def test_the_threshold_is_chosen_on_all_validation_pairs(
     assert exported.digest == read_bundle(bundle).digest  # the threshold is no part of the identity
 
 
+@pytest.mark.slow
 def test_a_rate_that_cannot_be_resolved(run: RunCommand, checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     arguments = ("-c", checkpoint, "-o", target, "--val_path", pictures)
@@ -232,6 +233,7 @@ def test_a_rate_that_cannot_be_resolved(run: RunCommand, checkpoint: Path, pictu
     assert "0.001: too few pairs" in result.stdout
 
 
+@pytest.mark.slow
 def test_small_and_partly_unreadable_parity_folders(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
     (pictures / "apple/0.png").write_text("no picture")
     parity = export_checkpoint(checkpoint, tmp_path / "bundle", pictures).parity

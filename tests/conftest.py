@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from siamese_deploy.demo_data import draw_character
 
 # Determinism is promised whatever the machine; small tests are fastest without threads fighting for two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+# A suite started in the background has Ctrl-C ignored, which the code under test rightly respects.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CLASSES = ("apple", "bolt", "cog", "door")
 DRAWINGS = 4

@@ -21,7 +21,7 @@ from siamese_train.model import InputNormalisation, SiameseNetwork
 from siamese_train.processes import Processes
 
 CONFIG = TrainConfig.with_recipe(
-    train_path=Path("t"), val_path=Path("v"), out_path=Path("o"), backbone="squeezenet1_1", image_size=32
+    train_path=Path("t"), val_path=Path("v"), out_path=Path("o"), backbone="shufflenet_v2_x0_5", image_size=32
 )
 IN_BATCH = TrainConfig.with_recipe(
     train_path=Path("t"), val_path=Path("v"), out_path=Path("o"), backbone="squeezenet1_1", image_size=32,

@@ -33,7 +33,7 @@ EPOCHS = 3
 EVERYTHING: dict[str, Any] = {
     "pairing": "batch", "classes_per_batch": 2, "images_per_class": 3, "hard_negatives": 1.0, "identity_loss": 1.0,
     "optimizer": "adamw", "weight_decay": 0.01, "schedule": "cosine", "warmup_epochs": 1.0, "clip_norm": 1.0,
-    "ema": 0.9, "amp": "fp16", "channels_last": True, "embedding_dim": 64, "fill": "border",
+    "ema": 0.9, "amp": "bf16", "channels_last": True, "embedding_dim": 64, "fill": "border",
 }  # fmt: skip
 """All that adds state to a run; 16 pictures in steps of 6 make 2 steps an epoch."""
 
@@ -56,6 +56,7 @@ def assert_equal(first: Path, second: Path) -> None:
     weights, optimiser, log = outcome(first)
     other_weights, other_optimiser, other_log = outcome(second)
     assert all(torch.equal(value, other_weights[key]) for key, value in weights.items())
+    assert optimiser[0]["step"] > 0  # so that there was something to keep
     for moments, other_moments in zip(optimiser, other_optimiser, strict=True):
         assert all(torch.equal(value, other_moments[key]) for key, value in moments.items())
     assert log == other_log
@@ -93,7 +94,7 @@ def check_interrupted_at(step: int, workers: int, pictures: Path, straight: Path
     assert_equal(out, straight)
 
 
-@pytest.mark.parametrize(("step", "workers", "recipe"), [(5, 2, {}), (2, 0, EVERYTHING)])
+@pytest.mark.parametrize(("step", "workers", "recipe"), [(5, 2, {}), (4, 0, EVERYTHING)])
 def test_resumed_run_is_bit_equal(
     pictures: Path, tmp_path: Path, step: int, workers: int, recipe: dict[str, Any]
 ) -> None:

@@ -205,6 +205,16 @@ def test_the_average_follows_the_weights() -> None:
     assert int(learner.validated_model.state_dict()["cls_head.2.num_batches_tracked"]) == 3
 
 
+def test_the_scale_of_half_precision_gradients_is_kept() -> None:
+    config = replace(IN_BATCH, amp="fp16")
+    learner, fresh = learner_for(config), learner_for(config)
+    learner.learn(batch_of([0, 0, 1, 1]), 0, 0)
+    kept = learner.state()
+    assert fresh.state()["scaler"] != kept["scaler"]
+    fresh.restore("last.pth", learner.model.state_dict(), learner.optimizer.state_dict(), kept)
+    assert fresh.state()["scaler"] == kept["scaler"]
+
+
 def test_frozen_batchnorm_keeps_its_statistics() -> None:
     config = replace(IN_BATCH, backbone="shufflenet_v2_x0_5", freeze_batchnorm=True)
     learner = learner_for(config)

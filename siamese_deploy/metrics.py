@@ -97,8 +97,8 @@ def operating_point(scores: Scores, is_same: npt.NDArray[np.bool_], far: float) 
     (1 if there is none), so that rounding on another provider moves no pair across it.
 
     Raises:
-        InputDataError: no same pair, fewer different pairs than MIN_FALSE_ACCEPTS / far, or more than the share `far` of
-            them with a score of 1.
+        InputDataError: no same pair, fewer different pairs than MIN_FALSE_ACCEPTS / far, or a larger share of them than
+            `far` with a score of 1.
     """
     different = np.sort(scores[~is_same].astype(np.float64))[::-1]
     same = scores[is_same].astype(np.float64)

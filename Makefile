@@ -2,13 +2,14 @@
 # make test    install what the tests need and run all of them
 # make check   linter, formatter, type checker, import directions
 # make deploy-test   the runtime's tests without torch, on the oldest versions it claims
+# make triton-test   what --triton writes, on a real Triton Inference Server (without docker; Linux with glibc 2.35)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check deploy-test clean
+.PHONY: demo test check deploy-test triton-test clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/installed-toolkit: pyproject.toml constraints.txt
@@ -35,7 +36,7 @@ demo: $(VENV)/installed-toolkit
 	@echo "pair pictures: $(CURDIR)/demo/eval/0.png to $$(($$(ls demo/eval/*.png | wc -l) - 1)).png"
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -m "slow or not slow"
+	$(BIN)/pytest -m "not triton"
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -50,5 +51,11 @@ deploy-test:
 		-e '.[cpu]' hypothesis onnx pytest scikit-learn
 	$(VENV)-oldest/bin/pytest tests/deploy
 
+# The server comes in a wheel of its own that wants an older NumPy than we do.
+triton-test: $(VENV)/installed-dev
+	$(PYTHON) -m venv $(VENV)-triton
+	$(VENV)-triton/bin/pip install --quiet --disable-pip-version-check nvidia-pytriton==0.7.0 'numpy<2' onnxruntime
+	SIAMESE_TRITON=$(VENV)-triton $(BIN)/pytest -m triton tests/export/test_triton.py
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest demo
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-triton demo

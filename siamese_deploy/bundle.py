@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from siamese_deploy.durable_files import folder_published_as
-from siamese_deploy.errors import BundleError, InputDataError
+from siamese_deploy.durable_files import folder_published_as, refuse_existing
+from siamese_deploy.errors import BundleError, InputDataError, UsageError
 from siamese_deploy.preprocess import Preprocess
 from siamese_deploy.verifier import Embeddings
 
@@ -32,13 +32,18 @@ MAX_GRAPH_BYTES = 2**31 - 1
 IMAGES, EMBEDDINGS = "images", "embeddings"
 LEFT, RIGHT, SCORES = "left", "right", "scores"
 GOLDEN_RULE = "ramp-v1"
+PRECISIONS = ("fp32", "fp16", "int8-cpu", "int8-tensorrt")
+"""Of the backbone's numbers; the head's are float32. Of int8 there are two, as none serves CPU and TensorRT alike."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Golden:
-    """What the network must answer to the picture of `golden_image`, as PyTorch computed it at export."""
+    """What the network must answer to the picture of `golden_image`.
+
+    As PyTorch computed it at export; in a precision below fp32, as the exported graphs did on the CPU.
+    """
 
     embedding: Embeddings
     """(dim,) float32."""
@@ -57,7 +62,7 @@ class Manifest:
     embedding_dim: int
     preprocess: Preprocess
     precision: str
-    """"fp32"."""
+    """One of PRECISIONS."""
     batch: tuple[int, int, int]
     """Smallest, best and largest number of pictures per backbone run."""
     threshold: float
@@ -92,13 +97,17 @@ class Bundle:
             )
         )
 
-    def write(self, target: Path) -> None:
-        """Publish as the new folder `target`, complete or not at all.
+    def write(self, target: Path, *, replace: bool = False) -> None:
+        """Publish as the folder `target`, complete or not at all.
+
+        Args:
+            replace: `target` may be a bundle already, whole or damaged; it stays until the new one is complete.
 
         Raises:
-            UsageError: `target` exists, or its parent folder does not.
+            UsageError: as `refuse_target`.
         """
-        with folder_published_as(target) as temporary:
+        refuse_target(target, replace=replace)
+        with folder_published_as(target, replace=replace) as temporary:
             (temporary / BACKBONE).write_bytes(self.backbone)
             (temporary / HEAD).write_bytes(self.head)
             (temporary / MANIFEST).write_bytes(_manifest_bytes(self))
@@ -140,6 +149,19 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     if bundle.digest != digest:
         raise BundleError(f"{folder / MANIFEST}: bundle_digest does not match the graphs; export the bundle again")
     return bundle
+
+
+def refuse_target(target: Path, *, replace: bool) -> None:
+    """Raises:
+    UsageError: the parent folder of `target` does not exist; or `target` does, and is not to be replaced or no bundle.
+    """
+    if not (replace and os.path.lexists(target)):
+        return refuse_existing(target)
+    if target.is_symlink() or not target.is_dir():
+        raise UsageError(f"{target}: is a {'link' if target.is_symlink() else 'file'}; expected a bundle to replace")
+    names = set(os.listdir(target))
+    if MANIFEST not in names or names - {MANIFEST, BACKBONE, HEAD}:
+        raise UsageError(f"{target}: is no bundle, and only a bundle may be replaced; choose another folder")
 
 
 def golden_image(size_hw: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -222,6 +244,8 @@ def _manifest_from(value: dict[str, Any]) -> Manifest:
         raise ValueError(f"preprocess: expected {preprocess.to_json()}, got {pre}; use a matching version")
     if _typed(golden, "rule", str) != GOLDEN_RULE:
         raise ValueError(f"golden.rule: expected {GOLDEN_RULE!r}, got {golden['rule']!r}; use a matching version")
+    if _typed(value, "precision", str) not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {value['precision']!r}")
     dim = _typed(value, "embedding_dim", int)
     embedding = np.frombuffer(base64.b64decode(_typed(golden, "embedding_float32_base64", str)), dtype="<f4")
     if embedding.shape != (dim,):
@@ -236,7 +260,7 @@ def _manifest_from(value: dict[str, Any]) -> Manifest:
         backbone=_typed(value, "backbone", str),
         embedding_dim=dim,
         preprocess=preprocess,
-        precision=_typed(value, "precision", str),
+        precision=value["precision"],
         batch=(least, best, most),
         threshold=operating,
         threshold_origin=_typed(threshold, "origin", str),

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from siamese_deploy.errors import BusyError, UsageError
+
+_TEMPORARY = ".tmp"
+_ABANDONED_AFTER_S = 60
+# Of Linux's renameat2(2).
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def fsync_path(path: Path) -> None:
@@ -42,27 +51,84 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 @contextmanager
-def folder_published_as(target: Path) -> Iterator[Path]:
+def folder_published_as(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target`; it becomes `target` when the block ends well.
 
+    Args:
+        replace: `target` may be a folder already; it stays until it is exchanged for the new one in a single step.
+
     Raises:
-        UsageError: `target` exists, or its parent folder does not.
+        UsageError: `target` exists and is not to be replaced or no folder, or its parent folder does not exist.
     """
-    refuse_existing(target)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    _refuse(target, replace)
+    _remove_abandoned(target)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_TEMPORARY, dir=target.parent))
+    lock = os.open(temporary, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks; then no other run gets one either
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         for folder, _, files in os.walk(temporary, topdown=False):
             for name in files:
                 fsync_path(Path(folder, name))
             fsync_path(Path(folder))
-        refuse_existing(target)  # again: os.rename would replace an empty folder, and fail obscurely on others
-        os.rename(temporary, target)
+        _refuse(target, replace)  # again: os.rename would replace an empty folder, and fail obscurely on others
+        if target.exists():
+            _exchange(temporary, target)
+        else:
+            os.rename(temporary, target)
+        fsync_path(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # half of the new folder, or the whole of the old one
+        os.close(lock)
+
+
+def _refuse(target: Path, replace: bool) -> None:
+    if not (replace and target.is_dir() and not target.is_symlink()):
+        refuse_existing(target)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders of one parent, so that neither name is ever without a folder."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV):
+            raise OSError(number, os.strerror(number), str(other))
+    # A system or file system without the call: for a moment `other` is missing, and nothing is ever lost.
+    aside = one.with_name(one.name + ".old")
+    os.rename(other, aside)
+    try:
+        os.rename(one, other)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.rename(aside, other)
         raise
-    fsync_path(target.parent)
+    os.rename(aside, one)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Temporary folders of runs that were killed: nobody holds their lock any more."""
+    for name in os.listdir(target.absolute().parent):
+        if not (name.startswith(f".{target.name}.") and name.endswith(_TEMPORARY)):
+            continue
+        folder = target.with_name(name)
+        try:
+            # Between its making and its locking a folder is young.
+            if folder.is_symlink() or time.time() - folder.stat().st_mtime < _ABANDONED_AFTER_S:
+                continue
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            pass
+        finally:
+            os.close(lock)
 
 
 def refuse_existing(target: Path) -> None:

@@ -8,6 +8,7 @@
     |   |-- BundleError              4
     |   |-- CheckpointError          4
     |   `-- ParityError              4  exported graphs do not answer like the network they came from
+    |-- AccuracyError               11  a limit on accuracy is not met
     |-- EnvironmentFault             5  provider, driver, missing extra, memory, disk, permission
     |   |-- ProviderError            5
     |   `-- MissingExtraError        5
@@ -62,6 +63,10 @@ class CheckpointError(IntegrityError):
 
 class ParityError(IntegrityError):
     pass
+
+
+class AccuracyError(SiameseError):
+    exit_code = 11
 
 
 class EnvironmentFault(SiameseError):

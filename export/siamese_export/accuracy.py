@@ -1,14 +1,17 @@
-"""What a bundle is worth on the user's validation pictures, and the threshold that follows from it."""
+"""What a bundle is worth on the user's validation pictures: its threshold, and what a lower precision costs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from siamese_deploy.errors import InputDataError
-from siamese_deploy.evaluate import evaluate_pairs
-from siamese_deploy.image_folder import scan_image_folder
+import numpy as np
+
+from siamese_deploy.errors import AccuracyError, InputDataError
+from siamese_deploy.evaluate import Evaluation, evaluate_pairs
+from siamese_deploy.image_folder import ImageFolder, scan_image_folder
 from siamese_deploy.metrics import OperatingPoint, different_pairs_needed, equal_error_rate, operating_point
 from siamese_deploy.pairs import every_pair, sample_pairs
 from siamese_deploy.verifier import Verifier
@@ -19,9 +22,11 @@ DEFAULT_TARGET_FAR = 0.001
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Over every pair of the validation folder, with the scores of the bundle itself."""
+    """Over every pair of the validation folder."""
 
     source: str
+    data_digest: str
+    """ImageFolder.digest of the validation folder."""
     pairs: int
     same_pairs: int
     roc_auc: float
@@ -31,17 +36,12 @@ class Accuracy:
     operating_point: OperatingPoint | None
     """At the target false accept rate; None where it was not asked for and there are too few different pairs."""
     target_far: float
+    evaluation: Evaluation = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Without the operating point, which is the manifest's threshold."""
-        return {
-            "source": self.source,
-            "pairs": self.pairs,
-            "same_pairs": self.same_pairs,
-            "roc_auc": self.roc_auc,
-            "equal_error_rate": self.equal_error_rate,
-            "tar_at_far": self.tar_at_far,
-        }
+        names = ("source", "data_digest", "pairs", "same_pairs", "roc_auc", "equal_error_rate", "tar_at_far")
+        return {name: getattr(self, name) for name in names}
 
     def origin_of(self, point: OperatingPoint) -> str:
         """Where the threshold comes from, in a sentence for the manifest."""
@@ -51,23 +51,39 @@ class Accuracy:
         )
 
 
-def measure_accuracy(verifier: Verifier, val_path: Path, target_far: float | None) -> Accuracy:
-    """Score every pair of the pictures below `val_path`.
+def validation_folder(val_path: Path, target_far: float | None) -> ImageFolder:
+    """The folder to measure on, refused here if its names alone show that it cannot serve.
+
+    Raises:
+        InputDataError: no such folder, no pairs, or too few different ones for a `target_far` that was asked for.
+    """
+    folder = scan_image_folder(val_path)
+    sample_pairs(folder)  # raises where no pair of either kind can be formed
+    sizes = np.bincount(folder.labels)
+    different = (len(folder) ** 2 - int((sizes**2).sum())) // 2
+    if target_far is not None and different < different_pairs_needed(target_far):
+        raise InputDataError(
+            f"{val_path}: a false accept rate of {target_far:g} needs {different_pairs_needed(target_far):,} pairs of "
+            f"different classes, got {different:,}; add pictures or choose a higher --target_far"
+        )
+    return folder
+
+
+def measure_accuracy(verifier: Verifier, folder: ImageFolder, target_far: float | None) -> Accuracy:
+    """Score every pair of the folder.
 
     Args:
         target_far: the false accept rate that the threshold is for; None: DEFAULT_TARGET_FAR, if it can be resolved.
 
     Raises:
-        InputDataError: the folder gives no pairs, or too few different ones for a `target_far` that was asked for.
+        InputDataError: no pairs are left, or too few different ones for a `target_far` that was asked for.
     """
-    folder = scan_image_folder(val_path)
-    sample_pairs(folder)  # raises where no pair of either kind can be formed
-    evaluation = evaluate_pairs(verifier, folder, every_pair(folder), show_progress=True)
+    evaluation = evaluate_pairs(verifier, folder, every_pair(folder), show_progress=sys.stderr.isatty())
     scores, is_same = evaluation.scores, evaluation.pairs.is_same
     n_different = len(is_same) - int(is_same.sum())
     roc_auc, equal = evaluation.metrics.roc_auc, equal_error_rate(scores, is_same)
     if roc_auc is None or equal is None:
-        raise InputDataError(f"{val_path}: the readable pictures give pairs of one kind only; add pictures")
+        raise InputDataError(f"{folder.root}: the readable pictures give pairs of one kind only; add pictures")
 
     def at(far: float) -> OperatingPoint | None:
         enough = n_different >= different_pairs_needed(far)
@@ -76,7 +92,8 @@ def measure_accuracy(verifier: Verifier, val_path: Path, target_far: float | Non
     points = {far: at(far) for far in FALSE_ACCEPT_RATES}
     chosen = at(DEFAULT_TARGET_FAR) if target_far is None else operating_point(scores, is_same, target_far)
     return Accuracy(
-        source=val_path.name,
+        source=folder.root.name,
+        data_digest=folder.digest(),
         pairs=len(is_same),
         same_pairs=int(is_same.sum()),
         roc_auc=roc_auc,
@@ -84,4 +101,92 @@ def measure_accuracy(verifier: Verifier, val_path: Path, target_far: float | Non
         tar_at_far={f"{far:g}": point.tar if point else None for far, point in points.items()},
         operating_point=chosen,
         target_far=DEFAULT_TARGET_FAR if target_far is None else target_far,
+        evaluation=evaluation,
     )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a lower precision may cost at most."""
+
+    auc_drop: float = 0.002
+    """Fall of ROC AUC."""
+    tar_drop: float = 0.01
+    """Fall of the true accept rate at the target false accept rate, each precision at its own threshold."""
+    far_growth: float = 1.25
+    """False accept rate at the float32 threshold, in multiples of float32's there."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A lower precision against float32 in PyTorch, on the same pairs."""
+
+    precision: str
+    float32: Accuracy
+    lowered: Accuracy
+    auc_drop: float
+    tar_drop: float
+    far_growth: float
+    """Infinite where float32 accepts no different pair and the lower precision does."""
+    limits: Limits
+
+    def to_json(self) -> dict[str, Any]:
+        growth = self.far_growth if np.isfinite(self.far_growth) else None
+        return {
+            "float32": self.float32.to_json(),
+            "target_far": self.float32.target_far,
+            "measured": {"auc_drop": self.auc_drop, "tar_drop": self.tar_drop, "far_growth": growth},
+            "limits": asdict(self.limits),
+        }
+
+    def table(self) -> list[str]:
+        """Lines of equal columns."""
+        before, after = (a.operating_point.tar if a.operating_point else np.nan for a in (self.float32, self.lowered))
+        far = f"{self.float32.target_far:g}"
+        rows = [
+            ("", "fp32", self.precision, "change", "limit"),
+            _row("ROC AUC", self.float32.roc_auc, self.lowered.roc_auc, f"-{self.limits.auc_drop:g}"),
+            _row(f"true accept rate at {far}", before, after, f"-{self.limits.tar_drop:g}"),
+            (f"false accepts at fp32's {far}", "", "", f"x {self.far_growth:.3f}", f"x {self.limits.far_growth:g}"),
+        ]
+        return [f"  {a:32}{b:>10}{c:>15}{d:>10}{e:>9}" for a, b, c, d, e in rows]
+
+    def require(self) -> None:
+        """Raises:
+        AccuracyError: a limit is not met.
+        """
+        checks = (
+            ("ROC AUC falls by", self.auc_drop, self.limits.auc_drop),
+            (f"true accept rate at {self.float32.target_far:g} falls by", self.tar_drop, self.limits.tar_drop),
+            ("false accepts at the fp32 threshold grow by a factor of", self.far_growth, self.limits.far_growth),
+        )
+        failed = [f"{what} {value:.4g} (at most {limit:g})" for what, value, limit in checks if not value <= limit]
+        if failed:
+            raise AccuracyError(
+                f"{self.precision} costs too much on {self.float32.pairs:,} pairs of {self.float32.source}: "
+                f"{'; '.join(failed)}; no bundle was written; export with --precision fp16 or fp32, or raise the limit"
+            )
+
+
+def cost_of_precision(precision: str, float32: Accuracy, lowered: Accuracy, limits: Limits) -> Cost:
+    """Raises:
+    InputDataError: one of them was measured without a false accept rate that its pairs resolve.
+    """
+    if float32.operating_point is None or lowered.operating_point is None:
+        raise InputDataError(f"{float32.source}: too few pairs for a false accept rate of {float32.target_far:g}")
+    is_different = ~lowered.evaluation.pairs.is_same
+    accepted = int((lowered.evaluation.scores[is_different] >= float32.operating_point.threshold).sum())
+    before = round(float32.operating_point.far * int(is_different.sum()))
+    return Cost(
+        precision=precision,
+        float32=float32,
+        lowered=lowered,
+        auc_drop=float32.roc_auc - lowered.roc_auc,
+        tar_drop=float32.operating_point.tar - lowered.operating_point.tar,
+        far_growth=accepted / before if before else float("inf") if accepted else 1.0,
+        limits=limits,
+    )
+
+
+def _row(name: str, before: float, after: float, limit: str) -> tuple[str, ...]:
+    return name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}", limit

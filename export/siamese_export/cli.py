@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from siamese_deploy.cli.command import PATH, Command
+from siamese_deploy.bundle import Bundle, read_bundle
+from siamese_deploy.cli.command import PATH, SEED, Command
+from siamese_deploy.durable_files import refuse_existing
 from siamese_deploy.errors import UsageError, needs_extra, one_line
+
+if TYPE_CHECKING:
+    from siamese_export.export import Exported
 
 
 def _print_bundle(path: Path) -> None:
-    from siamese_deploy.bundle import read_bundle
-
     bundle = read_bundle(path)
     manifest = bundle.manifest
     height, width = manifest.preprocess.size_hw
@@ -34,7 +38,8 @@ def _print_bundle(path: Path) -> None:
 
 @click.command(cls=Command, name="siamese-export")
 @click.option("-c", "--checkpoint", type=PATH, help="Checkpoint file (.pth), ours or the reference's.")
-@click.option("-o", "--out_path", type=PATH, help="Bundle folder to make; must not exist.")
+@click.option("-o", "--out_path", type=PATH, help="Bundle folder to make; must not exist, but for --force.")
+@click.option("--force", is_flag=True, help="Replace the bundle OUT_PATH once the new one is complete.")
 @click.option(
     "--val_path", type=PATH, help="Validation pictures, for parity, accuracy and threshold; without it, drawn ones."
 )
@@ -44,26 +49,113 @@ def _print_bundle(path: Path) -> None:
     help="False accept rate on VAL_PATH that the threshold is for.  [default: 0.001, if there are pairs enough; else "
     "the threshold is the reference's 0.5]",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    default="fp32",
+    help="Of the backbone's numbers; below fp32 the bundle is refused if it costs more than the limits below.",
+)
+@click.option("--target", type=click.Choice(["cpu", "tensorrt"]), help="What int8 is for.  [default: cpu]")
+@click.option("--calibration", type=PATH, help="Training pictures, from which int8 takes the range of its values.")
+@click.option(
+    "--calibration_images", type=click.IntRange(1), help="How many of them, equally many a class.  [default: 256]"
+)
+@click.option("--seed", type=SEED, help="Which of them.  [default: 1]")
+@click.option("--max_auc_drop", type=click.FloatRange(0, 1), help="Largest fall of ROC AUC.  [default: 0.002]")
+@click.option(
+    "--max_tar_drop",
+    type=click.FloatRange(0, 1),
+    help="Largest fall of the true accept rate at TARGET_FAR.  [default: 0.01]",
+)
+@click.option(
+    "--max_far_growth",
+    type=click.FloatRange(1),
+    help="Largest growth of the false accept rate at fp32's threshold, as a factor.  [default: 1.25]",
+)
+@click.option(
+    "--triton",
+    type=PATH,
+    help="Also write this folder, a model repository for Triton Inference Server; must not exist. With --bundle, of "
+    "that bundle.",
+)
+@click.option("--bundle", type=PATH, help="For --triton: a bundle that was exported before.")
 @click.option("--show", type=PATH, help="Print what is in this bundle instead.")
 def main(
     checkpoint: Path | None,
     out_path: Path | None,
+    force: bool,
     val_path: Path | None,
     target_far: float | None,
+    precision: str,
+    target: str | None,
+    calibration: Path | None,
+    triton: Path | None,
+    bundle: Path | None,
     show: Path | None,
+    **numbers: float | None,
 ) -> None:
     """Export a checkpoint as a bundle of two ONNX graphs, after proving that they answer like PyTorch."""
     if show:
         return _print_bundle(show)
+    if triton:
+        refuse_existing(triton)
+    if bundle:
+        if triton is None or checkpoint or out_path:
+            raise UsageError("--bundle BUNDLE goes with --triton FOLDER and without --checkpoint and --out_path")
+        return _write_triton(read_bundle(bundle), triton)
     if checkpoint is None or out_path is None:
-        raise UsageError("expected --checkpoint FILE and --out_path FOLDER, or --show BUNDLE (see --help)")
+        raise UsageError(
+            "expected --checkpoint FILE and --out_path FOLDER, or --show BUNDLE, or --bundle BUNDLE and --triton "
+            "FOLDER (see --help)"
+        )
+    given = {name: value for name, value in numbers.items() if value is not None}
+    _refuse_without_effect(given, precision, target, calibration)
     with needs_extra("export"):
         import onnxscript  # noqa: F401  torch loads it late; if it is missing, say so before any work
 
-        from siamese_export.export import export_checkpoint
-        from siamese_export.parity import BATCH_SIZES
-    exported = export_checkpoint(checkpoint, out_path, val_path, target_far=target_far)
-    parity, accuracy = exported.parity, exported.accuracy
+        from siamese_export.accuracy import Limits
+        from siamese_export.export import Calibration, export_checkpoint
+    drawn = {"images": given.get("calibration_images"), "seed": given.get("seed")}
+    exported = export_checkpoint(
+        checkpoint,
+        out_path,
+        val_path,
+        precision=f"int8-{target or 'cpu'}" if precision == "int8" else precision,
+        calibration=Calibration(calibration, **_present(drawn)) if calibration else None,
+        target_far=target_far,
+        limits=Limits(**{name[len("max_") :]: value for name, value in given.items() if name in _LIMITS}),
+        replace=force,
+        say=lambda line: click.echo(one_line(line), err=True),
+    )
+    _print_exported(exported)
+    click.echo(one_line(f"bundle: {out_path}"))
+    if triton:
+        _write_triton(exported.bundle, triton)
+
+
+_LIMITS = ("max_auc_drop", "max_tar_drop", "max_far_growth")
+
+
+def _present(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse_without_effect(
+    given: dict[str, float], precision: str, target: str | None, calibration: Path | None
+) -> None:
+    options = {"target": target, "calibration": calibration} | given
+    only_int8 = [name for name in ("target", "calibration", "calibration_images", "seed") if options.get(name)]
+    if precision != "int8" and only_int8:
+        raise UsageError(f"--{only_int8[0]} has an effect with --precision int8 only")
+    limits = [name for name in _LIMITS if name in given]
+    if precision == "fp32" and limits:
+        raise UsageError(f"--{limits[0]} has an effect with --precision fp16 and int8 only")
+
+
+def _print_exported(exported: Exported) -> None:
+    from siamese_export.parity import BATCH_SIZES
+
+    parity, accuracy, manifest = exported.parity, exported.accuracy, exported.bundle.manifest
     batches = ", ".join(map(str, BATCH_SIZES))
     click.echo(one_line(f"parity on {parity.pictures} pictures ({parity.source}), batches {batches}:"))
     click.echo(f"  backbone    relative embedding error {parity.relative_embedding_error:.1e}")
@@ -76,7 +168,16 @@ def main(
             f"{far}: {'too few pairs' if tar is None else f'{tar:.4f}'}" for far, tar in accuracy.tar_at_far.items()
         )
         click.echo(f"  true accept rate at false accept rate  {'  '.join(rates)}")
-    manifest = exported.bundle.manifest
+    if exported.speed is not None:
+        click.echo(f"speed of the backbone on this CPU: {exported.speed:.2f} times fp32's")
+        if exported.speed < 1:
+            click.echo("recommended: --precision fp32, which is faster here")
     click.echo(one_line(f"threshold: {manifest.threshold:.4f} ({manifest.threshold_origin})"))
     click.echo(f"bundle digest: {exported.bundle.digest}")
-    click.echo(one_line(f"bundle: {out_path}"))
+
+
+def _write_triton(bundle: Bundle, folder: Path) -> None:
+    from siamese_export.triton import write_repository
+
+    write_repository(bundle, folder)
+    click.echo(one_line(f"Triton model repository: {folder}"))

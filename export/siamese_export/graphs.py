@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import onnx
@@ -22,10 +25,10 @@ _EXAMPLE_BATCH = 2
 class _Backbone(nn.Module):
     """(N, H, W, 3) uint8 -> (N, dim) float32, pre-processing included."""
 
-    def __init__(self, network: SiameseNetwork) -> None:
+    def __init__(self, normalise: InputNormalisation, backbone: nn.Module) -> None:
         super().__init__()
-        self.normalise = InputNormalisation()
-        self.backbone = network.backbone
+        self.normalise = normalise
+        self.backbone = backbone
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         embeddings: torch.Tensor = self.backbone(self.normalise(images))
@@ -44,19 +47,71 @@ class _Head(nn.Module):
         return scores
 
 
-def backbone_graph(network: SiameseNetwork, size_hw: tuple[int, int]) -> bytes:
-    """ONNX file: images uint8 (N, H, W, 3) -> embeddings float32 (N, dim)."""
+def backbone_model(network: SiameseNetwork, size_hw: tuple[int, int]) -> onnx.ModelProto:
+    """images uint8 (N, H, W, 3) -> embeddings float32 (N, dim), as `serialized` takes it."""
     example = torch.zeros(_EXAMPLE_BATCH, *size_hw, 3, dtype=torch.uint8)
-    model = _export(_Backbone(network), (example,), [IMAGES], EMBEDDINGS)
-    return _finish(model, {IMAGES: "N", EMBEDDINGS: "N"})
+    with _free_of_shape_arithmetic(network.backbone) as normalise:
+        model = _export(_Backbone(normalise, network.backbone), (example,), [IMAGES], EMBEDDINGS)
+    return _named_batch(model, {IMAGES: "N", EMBEDDINGS: "N"})
 
 
-def head_graph(network: SiameseNetwork) -> bytes:
-    """ONNX file: left, right float32 (P, dim) -> scores float32 (P, 1); either side may be (1, dim)."""
+def head_model(network: SiameseNetwork) -> onnx.ModelProto:
+    """left, right float32 (P, dim) -> scores float32 (P, 1), as `serialized` takes it; either side may be (1, dim)."""
     example = torch.zeros(_EXAMPLE_BATCH, network.embedding_dim)
     model = _export(_Head(network), (example, example.clone()), [LEFT, RIGHT], SCORES)
     # The exporter gives both sides one symbolic size; two names say that one of them may be 1 and is broadcast.
-    return _finish(model, {LEFT: "P_left", RIGHT: "P_right", SCORES: "P"})
+    return _named_batch(model, {LEFT: "P_left", RIGHT: "P_right", SCORES: "P"})
+
+
+def serialized(model: onnx.ModelProto, metadata: dict[str, str]) -> bytes:
+    """The ONNX file, without what differs between machines: the exporter notes stack traces with paths on every node.
+
+    Args:
+        metadata: becomes the file's only metadata.
+
+    Raises:
+        IntegrityError: the graph is newer than the runtimes we serve can load.
+    """
+    model = copy.deepcopy(model)
+    graph = model.graph
+    values = (*graph.input, *graph.output, *graph.value_info)
+    annotated: list[Any] = [model, graph, *graph.node, *graph.initializer, *values]
+    for item in (*annotated, *model.functions):
+        item.doc_string = ""
+        del item.metadata_props[:]
+    onnx.helper.set_model_props(model, metadata)
+    domains = {node.domain for node in graph.node}
+    opsets = [entry for entry in model.opset_import if entry.domain in domains]
+    del model.opset_import[:]
+    model.opset_import.extend(opsets)
+    if model.ir_version > MAX_IR or any(entry.version > OPSET for entry in opsets if entry.domain == ""):
+        raise IntegrityError(f"the exporter wrote IR {model.ir_version}, opsets {opsets}; at most 10 and 20")
+    onnx.checker.check_model(model, full_check=True)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+@contextmanager
+def _free_of_shape_arithmetic(backbone: Any) -> Iterator[InputNormalisation]:
+    """The backbone without what the exporter writes out with Shape, Gather and the like; and its pre-processing."""
+    # Pooling a permuted tensor (ConvNeXt, Swin) is exported with its strides, unless it is laid out anew.
+    pools = [module for module in backbone.modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
+    hooks = [pool.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)) for pool in pools]
+    normalise = InputNormalisation()
+    # GoogLeNet and Inception scale once more, channel by channel; that becomes part of the one scaling.
+    scales_again = bool(getattr(backbone, "transform_input", False))
+    if scales_again:
+        shift = backbone._transform_input(torch.zeros(1, 3, 1, 1))
+        scale = backbone._transform_input(torch.ones(1, 3, 1, 1)) - shift
+        normalise.scale, normalise.shift = normalise.scale * scale, normalise.shift * scale + shift
+        backbone.transform_input = False
+    try:
+        yield normalise
+    finally:
+        if scales_again:
+            backbone.transform_input = True
+        for hook in hooks:
+            hook.remove()
 
 
 def _export(module: nn.Module, example: tuple[torch.Tensor, ...], inputs: list[str], output: str) -> onnx.ModelProto:
@@ -78,21 +133,7 @@ def _export(module: nn.Module, example: tuple[torch.Tensor, ...], inputs: list[s
     return program.model_proto
 
 
-def _finish(model: onnx.ModelProto, batch_names: dict[str, str]) -> bytes:
-    """Serialise without what differs between machines: the exporter notes stack traces with paths on every node."""
-    graph = model.graph
-    for value in (*graph.input, *graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = batch_names[value.name]
-    del graph.value_info[:]  # only hints, and they name the exporter's own batch symbol
-    graph.doc_string = ""
-    annotated: list[Any] = [model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output]
-    for item in (*annotated, *model.functions):
-        item.doc_string = ""
-        del item.metadata_props[:]
-    if model.ir_version > MAX_IR or any(entry.version > OPSET for entry in model.opset_import if entry.domain == ""):
-        raise IntegrityError(
-            f"the exporter wrote IR {model.ir_version}, opsets {model.opset_import}; at most 10 and 20"
-        )
-    onnx.checker.check_model(model, full_check=True)
-    serialized: bytes = model.SerializeToString(deterministic=True)
-    return serialized
+def _named_batch(model: onnx.ModelProto, names: dict[str, str]) -> onnx.ModelProto:
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = names[value.name]
+    return model

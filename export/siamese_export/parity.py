@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,14 +12,16 @@ from siamese_deploy.errors import ParityError
 from siamese_deploy.verifier import Embeddings, Images, Verifier
 
 BATCH_SIZES = (1, 2, 3, 17, 64)
-MAX_RELATIVE_EMBEDDING_ERROR = 1e-5
-MAX_SCORE_DIFFERENCE = 1e-4
+LIMITS = {"relative_embedding_error": 1e-5, "head_score_difference": 1e-4, "end_to_end_score_difference": 1e-4}
+"""In float32. A lower precision of the backbone is judged by its accuracy instead (accuracy.Cost), its head as here."""
+_LIMITS_BELOW_FLOAT32 = {"head_score_difference": LIMITS["head_score_difference"]}
 
 
 @dataclass(frozen=True)
 class Parity:
     """Largest differences found over all batch sizes."""
 
+    precision: str
     pictures: int
     source: str
     """Where the pictures came from."""
@@ -29,12 +32,19 @@ class Parity:
     end_to_end_score_difference: float
     """max |difference| of scores from picture to score."""
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """The largest differences accepted, by name; one that is not there is accepted unless it is NaN."""
+        return LIMITS if self.precision == "fp32" else _LIMITS_BELOW_FLOAT32
+
     def to_json(self) -> dict[str, Any]:
-        limits = {"relative_embedding_error": MAX_RELATIVE_EMBEDDING_ERROR, "score_difference": MAX_SCORE_DIFFERENCE}
-        return {**asdict(self), "batch_sizes": list(BATCH_SIZES), "limits": limits}
+        figures = {name: value for name, value in asdict(self).items() if name != "precision"}
+        return {**figures, "batch_sizes": list(BATCH_SIZES), "limits": self.limits}
 
 
-def measure_parity(reference: Verifier, exported: Verifier, images: Images, source: str) -> Parity:
+def measure_parity(
+    reference: Verifier, exported: Verifier, images: Images, *, source: str, precision: str = "fp32"
+) -> Parity:
     """Compare the exported graphs with the network on (N, H, W, 3) uint8 pictures, N >= 2 * max(BATCH_SIZES).
 
     Of every batch size two batches are run.
@@ -53,23 +63,26 @@ def measure_parity(reference: Verifier, exported: Verifier, images: Images, sour
             head_difference = _worse(head_difference, one_to_many)
             all_scores = reference.score(expected, np.roll(expected, shift, axis=0))
             end_difference = _worse(end_difference, exported.score(got, np.roll(got, shift, axis=0)) - all_scores)
-    return Parity(len(images), source, embedding_error, head_difference, end_difference)
+    return Parity(precision, len(images), source, embedding_error, head_difference, end_difference)
 
 
 def require_parity(parity: Parity) -> None:
     """Raises:
     ParityError: a difference is above its limit, or NaN.
     """
-    checks = (
-        ("backbone: relative embedding error", parity.relative_embedding_error, MAX_RELATIVE_EMBEDDING_ERROR),
-        ("head: score difference", parity.head_score_difference, MAX_SCORE_DIFFERENCE),
-        ("end to end: score difference", parity.end_to_end_score_difference, MAX_SCORE_DIFFERENCE),
-    )
-    failed = [f"{what} {value:.3g} (at most {limit:.0e})" for what, value, limit in checks if not value <= limit]
+    failed = []
+    for name, what in (
+        ("relative_embedding_error", "backbone: relative embedding error"),
+        ("head_score_difference", "head: score difference"),
+        ("end_to_end_score_difference", "end to end: score difference"),
+    ):
+        value, limit = getattr(parity, name), parity.limits.get(name, math.inf)
+        if not (math.isfinite(value) and value <= limit):
+            failed.append(f"{what} {value:.3g} (at most {limit:.0e})")
     if failed:
         raise ParityError(
-            f"the exported graphs do not answer like the network on {parity.pictures} pictures ({parity.source}): "
-            f"{'; '.join(failed)}; no bundle was written"
+            f"the exported {parity.precision} graphs do not answer like the network on {parity.pictures} pictures "
+            f"({parity.source}): {'; '.join(failed)}; no bundle was written"
         )
 
 

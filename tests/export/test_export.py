@@ -25,7 +25,7 @@ from siamese_deploy.pairs import every_pair
 from siamese_export import export as export_module
 from siamese_export.cli import main as export_main
 from siamese_export.export import export_checkpoint
-from siamese_export.graphs import backbone_graph, head_graph
+from siamese_export.graphs import backbone_model, head_model, serialized
 from siamese_train.checkpoint import read_checkpoint
 from siamese_train.torch_verifier import TorchVerifier
 
@@ -88,9 +88,9 @@ def test_same_checkpoint_same_graphs_same_digest(checkpoint: Path, bundle: Path,
 @pytest.mark.slow
 def test_training_state_of_the_network_does_not_matter() -> None:
     network = random_network()
-    expected = backbone_graph(network, (64, 64)), head_graph(network)
+    expected = [serialized(model, {}) for model in (backbone_model(network, (64, 64)), head_model(network))]
     network.train()
-    assert (backbone_graph(network, (64, 64)), head_graph(network)) == expected
+    assert [serialized(model, {}) for model in (backbone_model(network, (64, 64)), head_model(network))] == expected
 
 
 def test_manifest_says_what_was_proven_and_where_it_came_from(bundle: Path, checkpoint: Path) -> None:
@@ -151,24 +151,22 @@ def test_networks_export_and_answer_alike(
     assert not SHAPE_ARITHMETIC & operators
 
 
-def change_one_bias(graph: bytes) -> bytes:
-    model = onnx.load_from_string(graph)
+def change_one_bias(model: onnx.ModelProto) -> onnx.ModelProto:
     bias = next(item for item in model.graph.initializer if item.dims == [64] or item.dims == [512])
     values = numpy_helper.to_array(bias).copy()
     values[:] += 0.05
     bias.CopyFrom(numpy_helper.from_array(values, bias.name))
-    return model.SerializeToString()
+    return model
 
 
-@pytest.mark.parametrize(("graph", "words"), [("backbone_graph", "backbone: relative"), ("head_graph", "head: score")])
+@pytest.mark.parametrize(("graph", "words"), [("backbone_model", "backbone: relative"), ("head_model", "head: score")])
 def test_a_sabotaged_graph_closes_the_gate(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str, words: str
 ) -> None:
     build = getattr(export_module, graph)
     monkeypatch.setattr(export_module, graph, lambda *arguments: change_one_bias(build(*arguments)))
     # the golden check, which is coarser, must not be what stops it
-    monkeypatch.setattr("siamese_deploy.runtime.GOLDEN_MAX_RELATIVE_ERROR", 10.0)
-    monkeypatch.setattr("siamese_deploy.runtime.GOLDEN_MAX_SCORE_DIFFERENCE", 1.0)
+    monkeypatch.setattr("siamese_deploy.runtime.GOLDEN_LIMIT", {"fp32": 10.0})
     with pytest.raises(ParityError, match=words):
         export_checkpoint(checkpoint, tmp_path / "bundle")
     assert os.listdir(tmp_path) == []
@@ -177,11 +175,15 @@ def test_a_sabotaged_graph_closes_the_gate(
 def test_nan_is_no_parity(checkpoint: Path, bundle: Path) -> None:
     from siamese_export.parity import Parity, require_parity
 
-    good = Parity(1, "test", 0.0, 0.0, 0.0)
-    require_parity(good)
-    for field in ("relative_embedding_error", "head_score_difference", "end_to_end_score_difference"):
-        with pytest.raises(ParityError):
-            require_parity(replace(good, **{field: float("nan")}))
+    for precision in ("fp32", "fp16"):
+        good = Parity(precision, 1, "test", 0.0, 0.0, 0.0)
+        require_parity(good)
+        for field in ("relative_embedding_error", "head_score_difference", "end_to_end_score_difference"):
+            for value in (float("nan"), float("inf")):
+                with pytest.raises(ParityError):
+                    require_parity(replace(good, **{field: value}))
+        with pytest.raises(ParityError, match="head: score difference"):
+            require_parity(replace(good, head_score_difference=0.001))
 
 
 @pytest.mark.slow

@@ -1,0 +1,200 @@
+"""What export makes of every backbone, and what the precisions cost and gain.
+
+python benchmarks/export.py backbones    all of torchvision's classification networks, about an hour on two cores
+python benchmarks/export.py precisions   Omniglot's standard split, resnet18, a quarter of an hour
+"""
+
+from __future__ import annotations
+
+import collections
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from training import omniglot
+
+from siamese_deploy.bundle import read_bundle
+from siamese_deploy.demo_data import draw_character, write_demo_data
+from siamese_deploy.image_folder import scan_image_folder
+from siamese_deploy.preprocess import load_image
+from siamese_deploy.runtime import OnnxVerifier
+from siamese_train.checkpoint import save_checkpoint
+from siamese_train.config import TrainConfig
+from siamese_train.model import (
+    InputNormalisation,
+    SiameseNetwork,
+    build_backbone,
+    classification_backbones,
+    input_sizes,
+)
+from siamese_train.train import train
+
+SHAPE_ARITHMETIC = {"Shape", "Range", "Gather", "Slice", "Expand", "ConstantOfShape", "Where", "Unsqueeze", "Squeeze"}
+TRANSFORMERS = ("swin", "vit")
+TOO_LARGE = ("regnet_y_128gf", "vit_h_14")
+SIZE = 64
+
+
+@click.group()
+def main() -> None:
+    print(
+        f"torch {torch.__version__}, onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}, "
+        f"{torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}",
+        flush=True,
+    )
+
+
+@main.command()
+@click.argument("names", nargs=-1)
+def backbones(names: tuple[str, ...]) -> None:
+    """Random weights and BatchNorm statistics, one process a network; the limits are those of `siamese-export`."""
+    print("| backbone | px | precision | embedding error | score error | nodes | MB | seconds |", flush=True)
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    exported = 0
+    for name in names or classification_backbones():
+        with tempfile.TemporaryDirectory() as folder:
+            # A process of its own, so that the memory of one network is not missing for the next.
+            subprocess.run([sys.executable, __file__, "make_checkpoint", name, folder], check=True, capture_output=True)
+            row = export_one(name, Path(folder))
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+        exported += row[2] == "fp32"
+    print(f"{exported} in fp32")
+
+
+@main.command(name="make_checkpoint", hidden=True)
+@click.argument("name")
+@click.argument("folder", type=click.Path(path_type=Path))
+def make_checkpoint(name: str, folder: Path) -> None:
+    least, most = input_sizes(build_backbone(name))
+    size = min(max(SIZE, least), most or SIZE)
+    torch.manual_seed(0)
+    network = SiameseNetwork(name, size)
+    randomise(network, size)
+    config = TrainConfig(folder, folder, folder, backbone=name, image_size=size, weights="none")
+    save_checkpoint(
+        folder / "best.pth",
+        epoch=1, model=network, optimizer=torch.optim.SGD(network.parameters()), config=config, run={},
+    )  # fmt: skip
+    write_demo_data(folder / "pictures", train_classes=1, val_classes=10, drawings=4)
+
+
+@torch.no_grad()
+def randomise(network: SiameseNetwork, size: int) -> None:
+    """Biases that are not zero and statistics that fit, so that what export fuses is really used."""
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    for module in network.modules():
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, torch.Tensor):
+            bias.normal_(0, 0.05)
+    network.eval()
+    for norm in norms:
+        norm.weight.uniform_(0.8, 1.2)
+        norm.train()
+        norm.momentum = None  # plain mean over the steps
+    for step in range(4 if norms else 0):
+        pictures = [np.asarray(draw_character(step, k).resize((size, size))) for k in range(4)]
+        images = InputNormalisation()(torch.from_numpy(np.stack(pictures)))
+        network(images, images.flip(0))
+
+
+def export_one(name: str, folder: Path) -> tuple[Any, ...]:
+    bundle = folder / "bundle"
+    command = [
+        sys.executable, "-c", "from siamese_export.cli import main; main()", "-c", folder / "best.pth", "-o", bundle,
+    ]  # fmt: skip
+    started_s = time.time()
+    if name in TOO_LARGE:
+        refused = subprocess.run(command, capture_output=True, text=True)
+        assert refused.returncode == 4, refused.stderr
+        assert name in refused.stderr, refused.stderr
+        assert "--precision fp16" in refused.stderr, refused.stderr
+        started_s = time.time()
+        command += ["--precision", "fp16", "--val_path", folder / "pictures" / "val", "--target_far", "0.1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    seconds = time.time() - started_s
+    if done.returncode:
+        return name, "", f"exit {done.returncode}", done.stderr.splitlines()[-1], "", "", "", round(seconds)
+    manifest = read_bundle(bundle).manifest
+    parity = manifest.about["parity"]
+    operators = collections.Counter(node.op_type for node in onnx.load(bundle / "backbone.onnx").graph.node)
+    if not name.startswith(TRANSFORMERS):
+        assert not SHAPE_ARITHMETIC & set(operators), (name, SHAPE_ARITHMETIC & set(operators))
+    return (
+        f"`{name}`",
+        manifest.preprocess.size_hw[0],
+        manifest.precision,
+        f"{parity['relative_embedding_error']:.1e}",
+        f"{max(parity['head_score_difference'], parity['end_to_end_score_difference']):.1e}",
+        operators.total(),
+        f"{(bundle / 'backbone.onnx').stat().st_size / 1e6:.1f}",
+        round(seconds),
+    )
+
+
+@main.command()
+@click.option("--image_size", default=64)
+@click.option("--epochs", default=14)
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Instead of training one.")
+def precisions(image_size: int, epochs: int, checkpoint: Path | None) -> None:
+    """fp32, fp16 and both kinds of int8 of one trained network: what they cost, and how fast they are side by side."""
+    data = omniglot()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if checkpoint is None:
+            config = TrainConfig.with_recipe(
+                train_path=data / "train", val_path=data / "val", out_path=folder / "run", weights="none",
+                image_size=image_size, epochs=epochs, pairing="batch", no_flip=True, device="cpu",
+            )  # fmt: skip
+            train(config)
+            checkpoint = folder / "run" / "best.pth"
+        int8 = ["--precision", "int8", "--calibration", data / "train"]
+        options: dict[str, list[Any]] = {
+            "fp32": [],
+            "fp16": ["--precision", "fp16"],
+            "int8-cpu": int8,
+            "int8-tensorrt": [*int8, "--target", "tensorrt"],
+        }
+        verifiers = {}
+        for precision, option in options.items():
+            command = [sys.executable, "-c", "from siamese_export.cli import main; main()", "-c", checkpoint]
+            command += ["-o", folder / precision, "--val_path", data / "val", *option]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            verifiers[precision] = OnnxVerifier(folder / precision, provider="cpu")
+        pictures = scan_image_folder(data / "val")
+        images = np.stack([load_image(pictures.absolute_path(i), verifiers["fp32"].preprocess) for i in range(64)])
+        speed = {batch: speeds(verifiers, images[:batch]) for batch in (1, 8, 64)}
+        print("| precision | AUC | TAR at 1e-3 | FAR growth | MB | speed at batch 1 | 8 | 64 |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        for precision, verifier in verifiers.items():
+            about = verifier.bundle.manifest.about
+            growth = about.get("cost_of_precision", {"measured": {"far_growth": 1.0}})["measured"]["far_growth"]
+            accuracy = about["accuracy"]
+            print(
+                f"| {precision} | {accuracy['roc_auc']:.4f} | {accuracy['tar_at_far']['0.001']:.4f} | {growth:.3f} | "
+                f"{len(verifier.bundle.backbone) / 1e6:.1f} | "
+                + " | ".join(f"{speed[batch][precision]:.2f}" for batch in speed) + " |"
+            )  # fmt: skip
+
+
+def speeds(verifiers: dict[str, OnnxVerifier], images: np.ndarray, rounds: int = 30) -> dict[str, float]:
+    """Median time of fp32 over that of each precision, run in turn."""
+    taken_s: dict[str, list[float]] = {precision: [] for precision in verifiers}
+    for _ in range(rounds):
+        for precision, verifier in verifiers.items():
+            started_s = time.perf_counter()
+            verifier.embed(images)
+            taken_s[precision].append(time.perf_counter() - started_s)
+    medians = {precision: float(np.median(times[3:])) for precision, times in taken_s.items()}
+    return {precision: medians["fp32"] / median for precision, median in medians.items()}
+
+
+if __name__ == "__main__":
+    main()

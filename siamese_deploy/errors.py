@@ -93,7 +93,7 @@ def one_line(message: str) -> str:
 _MODULES_OF_EXTRA = {
     "cpu": ("onnxruntime",),
     "train": ("torch", "torchvision", "tensorboard"),
-    "export": ("torch", "torchvision", "tensorboard", "onnx", "onnxscript", "onnxruntime"),
+    "export": ("torch", "torchvision", "tensorboard", "onnx", "onnx_ir", "onnxscript", "onnxruntime"),
 }
 _PIP_EXTRA = {
     "cpu": "'siamese-toolkit[cpu]' (or [gpu] on a machine with an NVIDIA GPU; on a Jetson see docs/jetson.md)",

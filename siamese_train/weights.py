@@ -62,16 +62,18 @@ def load_strictly(module: nn.Module, state: dict[str, Any], source: str) -> None
     """
     require_finite(state, source)
     own = module.state_dict()
-    wrong = [f"{key} is missing" for key in own if key not in state]
-    wrong += [f"{key} is unexpected" for key in state if key not in own]
-    wrong += [
-        f"{key} is {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CheckpointError(f"{source}: weights of another network: {'; '.join(wrong[:5])}{more}")
+    differing = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [str(key) for key in state if key not in own],
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ],
+    }
+    if any(differing.values()):
+        lists = (f"{len(keys)} {what}: {_first(keys)}" for what, keys in differing.items() if keys)
+        raise CheckpointError(f"{source}: weights of another network; {'; '.join(lists)}")
     module.load_state_dict(state)
 
 
@@ -84,6 +86,10 @@ def require_finite(state: dict[str, Any], source: str) -> None:
             raise CheckpointError(f"{source}: {key}: expected a dense tensor, got {type(value).__name__}")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{source}: {key} holds NaN or infinity; take an earlier checkpoint of the run")
+
+
+def _first(keys: list[str], most: int = 5) -> str:
+    return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
 
 
 def _pretrained_state(backbone: str) -> dict[str, Any]:

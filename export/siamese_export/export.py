@@ -69,7 +69,7 @@ BATCH_RANGE = (1, 16, 64)
 DEFAULT_THRESHOLD = 0.5
 """The reference scripts' decision."""
 CALIBRATION_IMAGES = 256
-_TOOLS = ("siamese-toolkit", "torch", "torchvision", "onnx", "onnxscript", "numpy", "pillow")
+_TOOLS = ("siamese-toolkit", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ def export_checkpoint(
     checkpoint = read_checkpoint(checkpoint_path)
     fits_in_float32 = _refuse_too_large(checkpoint, precision)
     reference = TorchVerifier.from_checkpoint(checkpoint, torch.device("cpu"))
+    checkpoint = replace_fields(checkpoint, model_state={}, optimizer_state={})  # the largest take 2.5 GB a copy
     images, source = _parity_pictures(val_folder, reference.preprocess)
     about = _about(checkpoint)
 
@@ -170,6 +171,7 @@ def export_checkpoint(
         else:
             lowered = half_precision(backbone)
         bundle = _bundle(checkpoint, reference, lowered, head, precision)
+        del backbone, lowered
         verifier = OnnxVerifier(bundle, provider="cpu")
         say(f"comparing {precision} with PyTorch")
         parity = measure_parity(reference, verifier, images, source=source, precision=precision)

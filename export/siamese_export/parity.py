@@ -12,9 +12,14 @@ from siamese_deploy.errors import ParityError
 from siamese_deploy.verifier import Embeddings, Images, Verifier
 
 BATCH_SIZES = (1, 2, 3, 17, 64)
-LIMITS = {"relative_embedding_error": 1e-5, "head_score_difference": 1e-4, "end_to_end_score_difference": 1e-4}
-"""In float32. A lower precision of the backbone is judged by its accuracy instead (accuracy.Cost), its head as here."""
-_LIMITS_BELOW_FLOAT32 = {"head_score_difference": LIMITS["head_score_difference"]}
+_HEAD_LIMIT = {"head_score_difference": 1e-4}
+LIMITS = {
+    "fp32": {"relative_embedding_error": 1e-5, **_HEAD_LIMIT, "end_to_end_score_difference": 1e-4},
+    "fp16": {"relative_embedding_error": 5e-2, **_HEAD_LIMIT},
+    "int8-cpu": _HEAD_LIMIT,
+    "int8-tensorrt": _HEAD_LIMIT,
+}
+"""By precision. What has no limit must be finite, and is judged by its accuracy instead (accuracy.Cost)."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,7 @@ class Parity:
 
     @property
     def limits(self) -> dict[str, float]:
-        """The largest differences accepted, by name; one that is not there is accepted unless it is NaN."""
-        return LIMITS if self.precision == "fp32" else _LIMITS_BELOW_FLOAT32
+        return LIMITS[self.precision]
 
     def to_json(self) -> dict[str, Any]:
         figures = {name: value for name, value in asdict(self).items() if name != "precision"}

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -102,7 +103,7 @@ def eight_bits(model: onnx.ModelProto, images: Images, *, tensorrt: bool) -> onn
 def calibration_images(
     folder: ImageFolder, preprocess: Preprocess, count: int, seed: int
 ) -> tuple[Images, frozenset[str]]:
-    """At most `count` pictures, equally many of each class as far as they have them, drawn with `seed`.
+    """The first `count` readable pictures in `balanced_order`.
 
     Returns:
         (N, H, W, 3) uint8, and the SHA-256 (hex) of each file.
@@ -110,13 +111,8 @@ def calibration_images(
     Raises:
         InputDataError: not one of the pictures can be read.
     """
-    shuffled = np.argsort(np.random.RandomState(seed).random_sample(len(folder)), kind="stable")
-    labels = folder.labels[shuffled]
-    by_class = np.argsort(labels, kind="stable")
-    turn = np.empty(len(folder), dtype=np.int64)  # in which a picture's class has it to give
-    turn[by_class] = np.arange(len(folder)) - np.searchsorted(labels[by_class], labels[by_class])
     images, digests = [], set()
-    for image in shuffled[np.argsort(turn, kind="stable")].tolist():
+    for image in balanced_order(folder.labels, seed).tolist():
         path = folder.absolute_path(image)
         with suppress(ImageError):
             images.append(load_image(path, preprocess))
@@ -126,6 +122,17 @@ def calibration_images(
     if not images:
         raise InputDataError(f"{folder.root}: none of {len(folder)} pictures can be read")
     return np.stack(images), frozenset(digests)
+
+
+def balanced_order(labels: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+    """(n_images,) indices in a random order in which the classes take turns, as long as they have pictures."""
+    shuffled = np.argsort(np.random.RandomState(seed).random_sample(len(labels)), kind="stable")
+    by_class = np.argsort(labels[shuffled], kind="stable")
+    sorted_labels = labels[shuffled][by_class]
+    turn = np.empty(len(labels), dtype=np.int64)
+    turn[by_class] = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)
+    order: npt.NDArray[np.int64] = shuffled[np.argsort(turn, kind="stable")]
+    return order
 
 
 def speed_ratio(float32: Verifier, lowered: Verifier, images: Images) -> float:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,3 +68,92 @@ def test_a_file_is_no_folder_to_lock(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"), locked_folder(tmp_path / "file"):
         pass
+
+
+def test_a_folder_is_replaced_in_one_step(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(UsageError, match="exists already"), folder_published_as(target):
+        pass
+    with folder_published_as(target, replace=True) as temporary:
+        (temporary / "new").write_text("new")
+        assert os.listdir(target) == ["old"]
+    assert os.listdir(target) == ["new"]
+    with pytest.raises(OSError, match="No space"), folder_published_as(target, replace=True):
+        raise OSError(28, "No space left on device")
+    assert (os.listdir(target), os.listdir(tmp_path)) == (["new"], ["target"])
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(UsageError, match="exists already"), folder_published_as(tmp_path / "link", replace=True):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, None])
+def test_replacing_where_folders_cannot_be_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    class OldLibc:
+        def __init__(self, *_: object, **__: object) -> None:
+            if number is not None:
+                self.renameat2 = lambda *_: -1
+
+    monkeypatch.setattr("ctypes.CDLL", OldLibc)
+    monkeypatch.setattr("ctypes.get_errno", lambda: number)
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with folder_published_as(target, replace=True) as temporary:
+        (temporary / "new").write_text("new")
+    assert (os.listdir(target), os.listdir(tmp_path)) == (["new"], ["target"])
+
+    rename = os.rename
+
+    def fail_to_publish(source: Path, destination: Path) -> None:
+        if destination == target and not str(source).endswith(".old"):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, destination)
+
+    monkeypatch.setattr("os.rename", fail_to_publish)
+    with pytest.raises(OSError, match="Input/output"), folder_published_as(target, replace=True):
+        pass
+    assert (os.listdir(target), os.listdir(tmp_path)) == (["new"], ["target"])
+
+
+def test_an_error_of_the_exchange_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullDisk:
+        renameat2 = staticmethod(lambda *_: -1)
+
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: FullDisk)
+    monkeypatch.setattr("ctypes.get_errno", lambda: errno.ENOSPC)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target/old").write_text("old")
+    with pytest.raises(OSError, match="No space"), folder_published_as(tmp_path / "target", replace=True):
+        pass
+    assert (os.listdir(tmp_path / "target"), os.listdir(tmp_path)) == (["old"], ["target"])
+
+
+def test_what_killed_runs_left_is_removed_and_what_runs_is_not(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    hour_ago = time.time() - 3600
+    for name in (".target.a.tmp", ".target.b.tmp", ".other.c.tmp", ".target.young.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("half")
+        if "young" not in name:
+            os.utime(tmp_path / name, (hour_ago, hour_ago))
+    (tmp_path / ".target.link.tmp").symlink_to(tmp_path / ".other.c.tmp")
+    with locked_folder(tmp_path / ".target.b.tmp"), folder_published_as(target):
+        pass
+    left = [".other.c.tmp", ".target.b.tmp", ".target.link.tmp", ".target.young.tmp", "target"]
+    assert sorted(os.listdir(tmp_path)) == left
+    assert os.listdir(tmp_path / ".other.c.tmp") == ["half"]
+
+
+def test_a_run_that_is_writing_is_not_taken_for_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("siamese_deploy.durable_files._ABANDONED_AFTER_S", -1)
+    with folder_published_as(tmp_path / "target") as first:
+        with folder_published_as(tmp_path / "target", replace=True) as second:
+            assert first.exists()
+            (second / "second").write_text("")
+        assert first.exists()
+        os.rename(tmp_path / "target", tmp_path / "aside")
+    assert sorted(os.listdir(tmp_path)) == ["aside", "target"]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
@@ -17,6 +18,7 @@ from networks import SMALL, own_checkpoint, random_network, reference_checkpoint
 from onnx import numpy_helper
 
 from siamese_deploy import OnnxVerifier, read_bundle
+from siamese_deploy.bundle import PRECISIONS
 from siamese_deploy.demo_data import draw_character
 from siamese_deploy.errors import ParityError
 from siamese_deploy.evaluate import evaluate_pairs
@@ -107,6 +109,21 @@ def test_manifest_says_what_was_proven_and_where_it_came_from(bundle: Path, chec
     assert 0 < about["parity"]["end_to_end_score_difference"] <= 1e-4
     assert about["tools"]["torch"] == metadata.version("torch")
     assert about["tools"]["onnxruntime"]
+    for name, part in (("backbone.onnx", "backbone"), ("head.onnx", "head")):
+        metadata_of = {entry.key: entry.value for entry in onnx.load(bundle / name).metadata_props}
+        assert metadata_of["siamese_model_id"] == about["model_id"], part
+        assert json.loads(metadata_of["siamese_preprocess"]) == manifest["preprocess"]
+
+
+def test_the_schema_in_the_docs_describes_the_manifest(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    schema = json.loads((Path(__file__).parents[2] / "docs/manifest.schema.json").read_text())
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.validate(manifest)
+    assert schema["properties"]["precision"]["enum"] == list(PRECISIONS)
+    for key in manifest:
+        assert list(validator.iter_errors({name: value for name, value in manifest.items() if name != key})), key
+    assert list(validator.iter_errors(manifest | {"more": 1}))
 
 
 def test_show_tells_people_what_is_in_a_bundle(run: RunCommand, bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -271,7 +288,7 @@ def test_an_onnxruntime_too_old_to_prove_with_is_refused(
     assert_refused(result, 5, "ONNX Runtime 1.29.1 is installed, export needs 1.30 or newer")
 
 
-@pytest.mark.parametrize("absent", ["torch", "onnx", "onnxscript", "onnxruntime"])
+@pytest.mark.parametrize("absent", ["torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime"])
 def test_missing_parts_name_the_command_to_install_them(tmp_path: Path, absent: str) -> None:
     code = f"import sys; sys.modules[{absent!r}] = None; from siamese_export.cli import main; main()"
     command = [sys.executable, "-c", code, "-c", "best.pth", "-o", str(tmp_path / "bundle")]

@@ -19,21 +19,22 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from click.testing import CliRunner
 from training import omniglot
 
 from siamese_deploy.bundle import read_bundle
 from siamese_deploy.demo_data import draw_character, write_demo_data
+from siamese_deploy.errors import UsageError
 from siamese_deploy.image_folder import scan_image_folder
 from siamese_deploy.preprocess import load_image
 from siamese_deploy.runtime import OnnxVerifier
+from siamese_export.cli import main as export_main
 from siamese_train.checkpoint import save_checkpoint
 from siamese_train.config import TrainConfig
 from siamese_train.model import (
     InputNormalisation,
     SiameseNetwork,
-    build_backbone,
     classification_backbones,
-    input_sizes,
 )
 from siamese_train.train import train
 
@@ -61,29 +62,66 @@ def backbones(names: tuple[str, ...]) -> None:
     exported = 0
     for name in names or classification_backbones():
         with tempfile.TemporaryDirectory() as folder:
-            # A process of its own, so that the memory of one network is not missing for the next.
-            subprocess.run([sys.executable, __file__, "make_checkpoint", name, folder], check=True, capture_output=True)
-            row = export_one(name, Path(folder))
+            row = export_in_own_process(name, Path(folder))
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
         exported += row[2] == "fp32"
     print(f"{exported} in fp32")
 
 
-@main.command(name="make_checkpoint", hidden=True)
+def export_in_own_process(name: str, folder: Path) -> tuple[Any, ...]:
+    """So that the memory of one network is not missing for the next."""
+    done = subprocess.run([sys.executable, __file__, "export_one", name, folder], capture_output=True, text=True)
+    if done.returncode:
+        return f"`{name}`", "", f"exit {done.returncode}", done.stderr.splitlines()[-1], "", "", "", ""
+    manifest = read_bundle(folder / "bundle").manifest
+    parity = manifest.about["parity"]
+    operators = collections.Counter(node.op_type for node in onnx.load(folder / "bundle/backbone.onnx").graph.node)
+    if not name.startswith(TRANSFORMERS):
+        assert not SHAPE_ARITHMETIC & set(operators), (name, SHAPE_ARITHMETIC & set(operators))
+    return (
+        f"`{name}`",
+        manifest.preprocess.size_hw[0],
+        manifest.precision,
+        f"{parity['relative_embedding_error']:.1e}",
+        f"{max(parity['head_score_difference'], parity['end_to_end_score_difference']):.1e}",
+        operators.total(),
+        f"{(folder / 'bundle/backbone.onnx').stat().st_size / 1e6:.1f}",
+        (folder / "seconds").read_text(),
+    )
+
+
+@main.command(name="export_one", hidden=True)
 @click.argument("name")
 @click.argument("folder", type=click.Path(path_type=Path))
+def export_one(name: str, folder: Path) -> None:
+    make_checkpoint(name, folder)
+    arguments = ["-c", folder / "best.pth", "-o", folder / "bundle"]
+    if name in TOO_LARGE:
+        refused = CliRunner().invoke(export_main, list(map(str, arguments)))
+        assert refused.exit_code == 4, refused.output
+        assert f" {name} takes" in refused.stderr, refused.stderr
+        assert "--precision fp16" in refused.stderr, refused.stderr
+        write_demo_data(folder / "pictures", train_classes=1, val_classes=10, drawings=4)
+        arguments += ["--precision", "fp16", "--val_path", folder / "pictures/val", "--target_far", "0.1"]
+    started_s = time.time()
+    export_main(list(map(str, arguments)), standalone_mode=False)
+    (folder / "seconds").write_text(f"{time.time() - started_s:.0f}")
+
+
 def make_checkpoint(name: str, folder: Path) -> None:
-    least, most = input_sizes(build_backbone(name))
-    size = min(max(SIZE, least), most or SIZE)
     torch.manual_seed(0)
-    network = SiameseNetwork(name, size)
+    for size in (SIZE, 224):
+        try:
+            network = SiameseNetwork(name, size)
+            break
+        except UsageError:  # 64 px are too small for it, or not the one size it takes
+            continue
     randomise(network, size)
     config = TrainConfig(folder, folder, folder, backbone=name, image_size=size, weights="none")
     save_checkpoint(
         folder / "best.pth",
         epoch=1, model=network, optimizer=torch.optim.SGD(network.parameters()), config=config, run={},
     )  # fmt: skip
-    write_demo_data(folder / "pictures", train_classes=1, val_classes=10, drawings=4)
 
 
 @torch.no_grad()
@@ -103,40 +141,6 @@ def randomise(network: SiameseNetwork, size: int) -> None:
         pictures = [np.asarray(draw_character(step, k).resize((size, size))) for k in range(4)]
         images = InputNormalisation()(torch.from_numpy(np.stack(pictures)))
         network(images, images.flip(0))
-
-
-def export_one(name: str, folder: Path) -> tuple[Any, ...]:
-    bundle = folder / "bundle"
-    command = [
-        sys.executable, "-c", "from siamese_export.cli import main; main()", "-c", folder / "best.pth", "-o", bundle,
-    ]  # fmt: skip
-    started_s = time.time()
-    if name in TOO_LARGE:
-        refused = subprocess.run(command, capture_output=True, text=True)
-        assert refused.returncode == 4, refused.stderr
-        assert name in refused.stderr, refused.stderr
-        assert "--precision fp16" in refused.stderr, refused.stderr
-        started_s = time.time()
-        command += ["--precision", "fp16", "--val_path", folder / "pictures" / "val", "--target_far", "0.1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    seconds = time.time() - started_s
-    if done.returncode:
-        return name, "", f"exit {done.returncode}", done.stderr.splitlines()[-1], "", "", "", round(seconds)
-    manifest = read_bundle(bundle).manifest
-    parity = manifest.about["parity"]
-    operators = collections.Counter(node.op_type for node in onnx.load(bundle / "backbone.onnx").graph.node)
-    if not name.startswith(TRANSFORMERS):
-        assert not SHAPE_ARITHMETIC & set(operators), (name, SHAPE_ARITHMETIC & set(operators))
-    return (
-        f"`{name}`",
-        manifest.preprocess.size_hw[0],
-        manifest.precision,
-        f"{parity['relative_embedding_error']:.1e}",
-        f"{max(parity['head_score_difference'], parity['end_to_end_score_difference']):.1e}",
-        operators.total(),
-        f"{(bundle / 'backbone.onnx').stat().st_size / 1e6:.1f}",
-        round(seconds),
-    )
 
 
 @main.command()

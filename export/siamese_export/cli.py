@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +24,30 @@ def _print_bundle(path: Path) -> None:
     lines = {
         "bundle digest": bundle.digest,
         "backbone": f"{manifest.backbone}, {len(bundle.backbone):,} bytes; head {len(bundle.head):,} bytes",
-        "embedding": f"{manifest.embedding_dim} numbers, {manifest.precision}",
+        "embedding": f"{manifest.embedding_dim} numbers",
+        "precision": f"{manifest.precision}, head fp32",
         "pictures": f"{width} x {height} px, {manifest.preprocess.resize}",
         "batch": f"{manifest.batch[0]} to {manifest.batch[2]}, best {manifest.batch[1]}",
         "threshold": f"{manifest.threshold:.4f} ({manifest.threshold_origin})",
         "created": manifest.created_utc,
     }
     for name, value in lines.items():
-        click.echo(one_line(f"{name + ':':15}{value}"))
+        click.echo(one_line(f"{name + ':':17}{value}"))
     for name, facts in manifest.about.items():
-        click.echo(one_line(f"{name + ':':15}{json.dumps(facts, ensure_ascii=False)}"))
+        if not isinstance(facts, dict):
+            click.echo(one_line(f"{name + ':':17}{facts}"))
+            continue
+        click.echo(one_line(f"{name}:"))
+        for key, value in _leaves(facts):
+            click.echo(one_line(f"  {key + ':':31} {value}"))
+
+
+def _leaves(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, f"{value:.6g}" if isinstance(value, float) else "none" if value is None else value
 
 
 @click.command(cls=Command, name="siamese-export")

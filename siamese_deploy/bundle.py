@@ -13,6 +13,7 @@ import json
 import os
 import stat
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,8 +107,7 @@ class Bundle:
         Raises:
             UsageError: as `refuse_target`.
         """
-        refuse_target(target, replace=replace)
-        with folder_published_as(target, replace=replace) as temporary:
+        with folder_published_as(target, partial(refuse_target, replace=replace)) as temporary:
             (temporary / BACKBONE).write_bytes(self.backbone)
             (temporary / HEAD).write_bytes(self.head)
             (temporary / MANIFEST).write_bytes(_manifest_bytes(self))
@@ -121,6 +121,24 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         BundleError: not a bundle, incomplete, with files that do not belong to it, damaged, or of a newer format.
     """
     folder = Path(path)
+    before = _identity(folder)
+    try:
+        return _read_bundle(folder)
+    except (BundleError, FileNotFoundError):
+        if _identity(folder) == before:
+            raise
+    return _read_bundle(folder)  # the whole bundle was replaced between two of its files
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _read_bundle(folder: Path) -> Bundle:
     if not folder.exists():
         raise InputDataError(f"{folder}: no such bundle")
     if not folder.is_dir():
@@ -160,7 +178,12 @@ def refuse_target(target: Path, *, replace: bool) -> None:
     if target.is_symlink() or not target.is_dir():
         raise UsageError(f"{target}: is a {'link' if target.is_symlink() else 'file'}; expected a bundle to replace")
     names = set(os.listdir(target))
-    if MANIFEST not in names or names - {MANIFEST, BACKBONE, HEAD}:
+    ours = names == {MANIFEST, BACKBONE, HEAD} or (
+        MANIFEST in names
+        and names < {MANIFEST, BACKBONE, HEAD}
+        and b'"format": "siamese-bundle/' in _read_regular(target / MANIFEST, MAX_MANIFEST_BYTES)
+    )
+    if not ours:
         raise UsageError(f"{target}: is no bundle, and only a bundle may be replaced; choose another folder")
 
 

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -15,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from siamese_deploy.errors import BusyError, UsageError
+from siamese_deploy.errors import BusyError, EnvironmentFault, UsageError
 
-_TEMPORARY = ".tmp"
+_TEMPORARY, _ASIDE = ".tmp", ".old"
 _ABANDONED_AFTER_S = 60
 # Of Linux's renameat2(2).
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -51,17 +52,22 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 @contextmanager
-def folder_published_as(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def folder_published_as(target: Path, refuse: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """A temporary folder beside `target`; it becomes `target` when the block ends well.
 
     Args:
-        replace: `target` may be a folder already; it stays until it is exchanged for the new one in a single step.
+        refuse: raises if what is at `target` must not be replaced; default: `refuse_existing`. A folder that it lets
+            pass stays until it is exchanged for the new one in a single step.
 
     Raises:
-        UsageError: `target` exists and is not to be replaced or no folder, or its parent folder does not exist.
+        UsageError: as `refuse` says.
+        EnvironmentFault: a folder cannot be put there.
     """
-    _refuse(target, replace)
+    target = Path(os.path.abspath(target))
+    refuse = refuse or refuse_existing
+    refuse(target)
     _remove_abandoned(target)
+    refuse(target)  # a killed run may have left it aside
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_TEMPORARY, dir=target.parent))
     lock = os.open(temporary, os.O_RDONLY)
     try:
@@ -73,20 +79,23 @@ def folder_published_as(target: Path, *, replace: bool = False) -> Iterator[Path
             for name in files:
                 fsync_path(Path(folder, name))
             fsync_path(Path(folder))
-        _refuse(target, replace)  # again: os.rename would replace an empty folder, and fail obscurely on others
-        if target.exists():
-            _exchange(temporary, target)
-        else:
-            os.rename(temporary, target)
+        refuse(target)  # again: os.rename would replace an empty folder, and somebody may have put his files there
+        try:
+            if target.exists():
+                _exchange(temporary, target)
+            else:
+                os.rename(temporary, target)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EXDEV, errno.EINVAL, errno.ENOTEMPTY):
+                raise
+            raise EnvironmentFault(
+                f"{target}: the complete folder cannot be put there ({error.strerror}); choose a place that is no "
+                "mount point and that nothing else writes to"
+            ) from error
         fsync_path(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # half of the new folder, or the whole of the old one
         os.close(lock)
-
-
-def _refuse(target: Path, replace: bool) -> None:
-    if not (replace and target.is_dir() and not target.is_symlink()):
-        refuse_existing(target)
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -98,23 +107,28 @@ def _exchange(one: Path, other: Path) -> None:
         number = ctypes.get_errno()
         if number not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV):
             raise OSError(number, os.strerror(number), str(other))
-    # A system or file system without the call: for a moment `other` is missing, and nothing is ever lost.
-    aside = one.with_name(one.name + ".old")
-    os.rename(other, aside)
+    # A system or file system without the call: for a moment `other` is missing. Who comes next puts it back.
+    aside = one.with_name(one.name + _ASIDE)
     try:
+        os.rename(other, aside)
         os.rename(one, other)
     except BaseException:
-        os.rename(aside, other)
+        if aside.exists() and not other.exists():
+            os.rename(aside, other)
         raise
     os.rename(aside, one)
 
 
 def _remove_abandoned(target: Path) -> None:
     """Temporary folders of runs that were killed: nobody holds their lock any more."""
-    for name in os.listdir(target.absolute().parent):
-        if not (name.startswith(f".{target.name}.") and name.endswith(_TEMPORARY)):
-            continue
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}{re.escape(_TEMPORARY)}({re.escape(_ASIDE)})?")
+    for name in os.listdir(target.parent):
+        found = pattern.fullmatch(name)
         folder = target.with_name(name)
+        if found and found[1] and not target.exists():
+            os.rename(folder, target)
+        if not found:
+            continue
         try:
             # Between its making and its locking a folder is young.
             if folder.is_symlink() or time.time() - folder.stat().st_mtime < _ABANDONED_AFTER_S:

@@ -16,7 +16,7 @@ import siamese_deploy
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "siamese_deploy").rglob("*.py"))
 ALL_SOURCES = [*SOURCES, *(ROOT / "siamese_train").rglob("*.py"), *(ROOT / "export").rglob("*.py")]
-FORBIDDEN = ("torch", "torchvision", "onnx", "onnxscript", "tensorboard", "siamese_train", "siamese_export")
+FORBIDDEN = ("torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "tensorboard", "siamese_train", "siamese_export")
 MODULES = [module.name for module in pkgutil.walk_packages(siamese_deploy.__path__, "siamese_deploy.")]
 
 

@@ -32,9 +32,9 @@ class Accuracy:
     roc_auc: float
     equal_error_rate: float
     tar_at_far: dict[str, float | None]
-    """True accept rate at each of FALSE_ACCEPT_RATES; None where there are too few different pairs to say."""
+    """True accept rate at each of FALSE_ACCEPT_RATES; None where the pairs cannot say (metrics.operating_point)."""
     operating_point: OperatingPoint | None
-    """At the target false accept rate; None where it was not asked for and there are too few different pairs."""
+    """At the target false accept rate; None where it was not asked for and the pairs cannot say."""
     target_far: float
     evaluation: Evaluation = field(repr=False)
 
@@ -80,14 +80,15 @@ def measure_accuracy(verifier: Verifier, folder: ImageFolder, target_far: float 
     """
     evaluation = evaluate_pairs(verifier, folder, every_pair(folder), show_progress=sys.stderr.isatty())
     scores, is_same = evaluation.scores, evaluation.pairs.is_same
-    n_different = len(is_same) - int(is_same.sum())
     roc_auc, equal = evaluation.metrics.roc_auc, equal_error_rate(scores, is_same)
     if roc_auc is None or equal is None:
         raise InputDataError(f"{folder.root}: the readable pictures give pairs of one kind only; add pictures")
 
     def at(far: float) -> OperatingPoint | None:
-        enough = n_different >= different_pairs_needed(far)
-        return operating_point(scores, is_same, far) if enough else None
+        try:
+            return operating_point(scores, is_same, far)
+        except InputDataError:  # too few pairs, or too many scores of 1
+            return None
 
     points = {far: at(far) for far in FALSE_ACCEPT_RATES}
     chosen = at(DEFAULT_TARGET_FAR) if target_far is None else operating_point(scores, is_same, target_far)
@@ -127,15 +128,14 @@ class Cost:
     auc_drop: float
     tar_drop: float
     far_growth: float
-    """Infinite where float32 accepts no different pair and the lower precision does."""
+    """Counted from one false accept where float32 has none."""
     limits: Limits
 
     def to_json(self) -> dict[str, Any]:
-        growth = self.far_growth if np.isfinite(self.far_growth) else None
         return {
             "float32": self.float32.to_json(),
             "target_far": self.float32.target_far,
-            "measured": {"auc_drop": self.auc_drop, "tar_drop": self.tar_drop, "far_growth": growth},
+            "measured": {"auc_drop": self.auc_drop, "tar_drop": self.tar_drop, "far_growth": self.far_growth},
             "limits": asdict(self.limits),
         }
 
@@ -164,7 +164,7 @@ class Cost:
         if failed:
             raise AccuracyError(
                 f"{self.precision} costs too much on {self.float32.pairs:,} pairs of {self.float32.source}: "
-                f"{'; '.join(failed)}; no bundle was written; export with --precision fp16 or fp32, or raise the limit"
+                f"{'; '.join(failed)}; no bundle was written; choose a higher precision, or raise the limit"
             )
 
 
@@ -183,7 +183,7 @@ def cost_of_precision(precision: str, float32: Accuracy, lowered: Accuracy, limi
         lowered=lowered,
         auc_drop=float32.roc_auc - lowered.roc_auc,
         tar_drop=float32.operating_point.tar - lowered.operating_point.tar,
-        far_growth=accepted / before if before else float("inf") if accepted else 1.0,
+        far_growth=accepted / max(before, 1),
         limits=limits,
     )
 

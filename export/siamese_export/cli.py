@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from siamese_deploy.bundle import Bundle, read_bundle
 from siamese_deploy.cli.command import PATH, SEED, Command
@@ -61,7 +63,7 @@ def _leaves(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
     "--target_far",
     type=float,
     help="False accept rate on VAL_PATH that the threshold is for.  [default: 0.001, if there are pairs enough; else "
-    "the threshold is the reference's 0.5]",
+    "the threshold is the reference's 0.5; below fp32 there must be]",
 )
 @click.option(
     "--precision",
@@ -109,13 +111,17 @@ def main(
     **numbers: float | None,
 ) -> None:
     """Export a checkpoint as a bundle of two ONNX graphs, after proving that they answer like PyTorch."""
+    chosen = _chosen_options()
     if show:
+        _refuse_others(chosen, {"show"})
         return _print_bundle(show)
     if triton:
         refuse_existing(triton)
+        _refuse_inside(triton, bundle or out_path)
     if bundle:
-        if triton is None or checkpoint or out_path:
-            raise UsageError("--bundle BUNDLE goes with --triton FOLDER and without --checkpoint and --out_path")
+        _refuse_others(chosen, {"bundle", "triton"})
+        if triton is None:
+            raise UsageError("--bundle BUNDLE goes with --triton FOLDER")
         return _write_triton(read_bundle(bundle), triton)
     if checkpoint is None or out_path is None:
         raise UsageError(
@@ -123,7 +129,10 @@ def main(
             "FOLDER (see --help)"
         )
     given = {name: value for name, value in numbers.items() if value is not None}
-    _refuse_without_effect(given, precision, target, calibration)
+    for name, value in given.items():
+        if not math.isfinite(value):
+            raise UsageError(f"--{name}: expected a finite number, got {value}")
+    _refuse_without_effect(chosen, precision)
     with needs_extra("export"):
         import onnxscript  # noqa: F401  torch loads it late; if it is missing, say so before any work
 
@@ -154,16 +163,30 @@ def _present(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _refuse_without_effect(
-    given: dict[str, float], precision: str, target: str | None, calibration: Path | None
-) -> None:
-    options = {"target": target, "calibration": calibration} | given
-    only_int8 = [name for name in ("target", "calibration", "calibration_images", "seed") if options.get(name)]
-    if precision != "int8" and only_int8:
-        raise UsageError(f"--{only_int8[0]} has an effect with --precision int8 only")
-    limits = [name for name in _LIMITS if name in given]
-    if precision == "fp32" and limits:
-        raise UsageError(f"--{limits[0]} has an effect with --precision fp16 and int8 only")
+def _chosen_options() -> list[str]:
+    """Names of the options on the command line, in the order of --help."""
+    context = click.get_current_context()
+    return [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+
+
+def _refuse_others(chosen: list[str], allowed: set[str]) -> None:
+    others = [name for name in chosen if name not in allowed]
+    if others:
+        raise UsageError(f"--{others[0]} has no effect together with --{' and --'.join(sorted(allowed))}")
+
+
+def _refuse_without_effect(chosen: list[str], precision: str) -> None:
+    for name in chosen:
+        if precision != "int8" and name in ("target", "calibration", "calibration_images", "seed"):
+            raise UsageError(f"--{name} has an effect with --precision int8 only")
+        if precision == "fp32" and name in _LIMITS:
+            raise UsageError(f"--{name} has an effect with --precision fp16 and int8 only")
+
+
+def _refuse_inside(triton: Path, bundle: Path | None) -> None:
+    """A bundle with anything else in it is no bundle any more."""
+    if bundle and triton.resolve().is_relative_to(bundle.resolve()):
+        raise UsageError(f"--triton {triton}: is inside the bundle {bundle}; choose another folder")
 
 
 def _print_exported(exported: Exported) -> None:

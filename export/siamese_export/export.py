@@ -59,7 +59,13 @@ from siamese_export.accuracy import (
 )
 from siamese_export.graphs import backbone_model, head_model, serialized
 from siamese_export.parity import BATCH_SIZES, Parity, measure_parity, require_parity
-from siamese_export.precision import calibration_images, eight_bits, half_precision, speed_ratio
+from siamese_export.precision import (
+    calibration_images,
+    eight_bits,
+    half_precision,
+    require_range_of_half,
+    speed_ratio,
+)
 from siamese_train.checkpoint import Checkpoint, read_checkpoint
 from siamese_train.torch_verifier import TorchVerifier
 
@@ -69,6 +75,7 @@ BATCH_RANGE = (1, 16, 64)
 DEFAULT_THRESHOLD = 0.5
 """The reference scripts' decision."""
 CALIBRATION_IMAGES = 256
+LEAST_FAR = 1e-9
 _TOOLS = ("siamese-toolkit", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "numpy", "pillow")
 
 
@@ -114,8 +121,8 @@ def export_checkpoint(
             characters and the threshold is DEFAULT_THRESHOLD.
         precision: of siamese_deploy.bundle.PRECISIONS; below fp32, `val_path` has to show what it costs.
         calibration: for int8, and only for it.
-        target_far: false accept rate that the threshold is for, in (0, 1); None: 0.001 where `val_path` has pairs
-            enough to tell, else the threshold is DEFAULT_THRESHOLD. Below fp32 there have to be enough.
+        target_far: false accept rate that the threshold is for, in [LEAST_FAR, 1); None: 0.001 where `val_path` has
+            pairs enough to tell, else the threshold is DEFAULT_THRESHOLD. Below fp32 there have to be enough.
         limits: what a precision below fp32 may cost.
         replace: `target` may be a bundle already; it stays until the new one is complete.
         say: is told what is being done, and what the user should know.
@@ -126,7 +133,7 @@ def export_checkpoint(
         EnvironmentFault: the installed ONNX Runtime is too old to prove an export with.
         InputDataError: no checkpoint; no readable picture in `val_path`; too few of them for the false accept rate.
         CheckpointError: not a checkpoint, damaged, of another network, or of one too large for a file of float32.
-        ParityError: the graphs do not answer like the network; nothing is written.
+        ParityError: the graphs do not answer like the network, or fp16 cannot hold its values; nothing is written.
         AccuracyError: the precision costs more than `limits`; nothing is written.
     """
     target_far = _checked_target_far(precision, val_path, calibration, target_far)
@@ -154,6 +161,8 @@ def export_checkpoint(
         require_parity(parity)
     if precision != "fp32":
         say(f"making {precision} of it")
+        if precision == "fp16":
+            require_range_of_half(reference, images)
         if calibration and calibration_folder:
             shown, digests = calibration_images(
                 calibration_folder, reference.preprocess, calibration.images, calibration.seed
@@ -162,6 +171,8 @@ def export_checkpoint(
                 "source": calibration.path.name, "pictures": len(shown), "seed": calibration.seed,
                 "data_digest": calibration_folder.digest(),
             }  # fmt: skip
+            if len(shown) < calibration.images:
+                say(f"warning: {calibration.path} gives {len(shown)} of {calibration.images} pictures to calibrate on")
             if val_folder and (overlap := _count_of(digests, val_folder)):
                 say(
                     f"warning: {overlap} files of {val_folder.root} are among those calibrated on, so they show int8 "
@@ -205,8 +216,10 @@ def export_checkpoint(
 def _checked_target_far(
     precision: str, val_path: Path | None, calibration: Calibration | None, target_far: float | None
 ) -> float | None:
-    if target_far is not None and not (val_path and 0 < target_far < 1):
-        raise UsageError(f"--target_far: expected a rate between 0 and 1, together with --val_path, got {target_far}")
+    if target_far is not None and not (val_path and LEAST_FAR <= target_far < 1):
+        raise UsageError(
+            f"--target_far: expected a rate between {LEAST_FAR:g} and 1, together with --val_path, got {target_far}"
+        )
     if precision.startswith("int8") != (calibration is not None):
         raise UsageError("--precision int8 and --calibration FOLDER, some of the training pictures, go together")
     if precision == "fp32":
@@ -291,8 +304,7 @@ def _golden_of(files: list[bytes], preprocess: Preprocess, precision: str) -> Go
     score = float(run_session(head, SCORES, {LEFT: embedding, RIGHT: embedding}, "cpu")[0, 0])
     if not (np.isfinite(embedding).all() and np.isfinite(score)):
         raise ParityError(
-            f"in {precision} the network gives NaN or infinity: its values are too large; no bundle was written; "
-            "export with --precision fp32"
+            f"in {precision} the network gives NaN or infinity; no bundle was written; choose a higher precision"
         )
     return Golden(embedding[0], score)
 

@@ -6,6 +6,7 @@ precision. So do normalisations inside the backbone, whose sums and variances ne
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import tempfile
@@ -13,24 +14,67 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir
+import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from siamese_deploy.bundle import IMAGES
-from siamese_deploy.errors import ImageError, InputDataError
+from siamese_deploy.errors import EnvironmentFault, ImageError, InputDataError, ParityError
 from siamese_deploy.image_folder import ImageFolder
 from siamese_deploy.preprocess import Preprocess, load_image
 from siamese_deploy.verifier import Images, Verifier
+from siamese_train.torch_verifier import TorchVerifier
 
 # In float32 also where the rest is float16.
 _NORMALISING = ["BatchNormalization", "LayerNormalization", "Softmax", "ReduceMean", "ReduceL2"]
 _CALIBRATION_BATCH = 16
 _SPEED_BATCH, _SPEED_ROUNDS, _SPEED_WARM_UP = 8, 24, 3
+
+
+def require_range_of_half(reference: TorchVerifier, images: Images) -> None:
+    """Look at the weights and at every value that the network computes in float32 from (N, H, W, 3) uint8 pictures.
+
+    The exported graph cannot show an overflow on the CPU, where ONNX Runtime computes float16 in float32.
+
+    Raises:
+        ParityError: a value is above half of what float16 holds; the other half is for pictures not seen here.
+    """
+    with _LargestValue() as largest:
+        for weight in reference.model.backbone.parameters():
+            largest.see(weight.detach())
+        for start in range(0, len(images), _CALIBRATION_BATCH):
+            reference.embed(images[start : start + _CALIBRATION_BATCH])
+    limit = float(np.finfo(np.float16).max) / 2
+    if not largest.value <= limit:
+        raise ParityError(
+            f"values of up to {largest.value:.3g} occur in the network, and fp16 holds at most {2 * limit:.0f}, half "
+            "of which is kept for other pictures; no bundle was written; choose another precision"
+        )
+
+
+class _LargestValue(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Largest magnitude of all floating-point results of PyTorch's operators inside the block; NaN if one is NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.value = 0.0
+
+    def see(self, tensor: torch.Tensor) -> None:
+        self.value = float(np.maximum(self.value, float(tensor.abs().max())))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
+                self.see(tensor)
+        return result
 
 
 def half_precision(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -86,17 +130,25 @@ def eight_bits(model: onnx.ModelProto, images: Images, *, tensorrt: bool) -> onn
     options = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False} if tensorrt else {}
     with tempfile.TemporaryDirectory(prefix="siamese-export-") as folder, _quiet():
         path = Path(folder, "int8.onnx")
-        quantize_static(
-            model,
-            path,
-            _Calibration(images),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QInt8 if tensorrt else QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=_preprocessing(model),
-            extra_options=options,
-        )
+        try:
+            quantize_static(
+                copy.deepcopy(model),  # what it is given it empties of its weights
+                path,
+                _Calibration(images),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QInt8 if tensorrt else QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=_preprocessing(model),
+                extra_options=options,
+            )
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # ONNX Runtime raises its own kinds, out of memory among them
+            reason = str(error).strip().partition("\n")[0][:300]
+            raise EnvironmentFault(
+                f"ONNX Runtime could not calibrate and quantize the network in {folder}: {reason}; free memory and disk"
+            ) from error
         return onnx.load(path)
 
 

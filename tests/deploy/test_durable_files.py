@@ -11,7 +11,11 @@ from typing import BinaryIO
 import pytest
 
 from siamese_deploy.durable_files import folder_published_as, locked_folder, write_atomically
-from siamese_deploy.errors import BusyError, UsageError
+from siamese_deploy.errors import BusyError, EnvironmentFault, UsageError
+
+
+def replace(_: Path) -> None:
+    """Whatever is there."""
 
 
 def fail_half_way(file: BinaryIO) -> None:
@@ -76,16 +80,24 @@ def test_a_folder_is_replaced_in_one_step(tmp_path: Path) -> None:
     (target / "old").write_text("old")
     with pytest.raises(UsageError, match="exists already"), folder_published_as(target):
         pass
-    with folder_published_as(target, replace=True) as temporary:
+    with folder_published_as(target, replace) as temporary:
         (temporary / "new").write_text("new")
         assert os.listdir(target) == ["old"]
     assert os.listdir(target) == ["new"]
-    with pytest.raises(OSError, match="No space"), folder_published_as(target, replace=True):
+    with pytest.raises(OSError, match="No space"), folder_published_as(target, replace):
         raise OSError(28, "No space left on device")
     assert (os.listdir(target), os.listdir(tmp_path)) == (["new"], ["target"])
-    (tmp_path / "link").symlink_to(target)
-    with pytest.raises(UsageError, match="exists already"), folder_published_as(tmp_path / "link", replace=True):
-        pass
+    # What is there is looked at again after the new folder is complete.
+    calls = []
+
+    def refuse_the_second_time(path: Path) -> None:
+        calls.append(path)
+        if (path / "mine").exists():
+            raise UsageError("somebody's files")
+
+    with pytest.raises(UsageError, match="somebody's"), folder_published_as(target, refuse_the_second_time):
+        (target / "mine").write_text("")
+    assert sorted(os.listdir(target)) == ["mine", "new"]
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, None])
@@ -102,7 +114,7 @@ def test_replacing_where_folders_cannot_be_exchanged(
     target = tmp_path / "target"
     target.mkdir()
     (target / "old").write_text("old")
-    with folder_published_as(target, replace=True) as temporary:
+    with folder_published_as(target, replace) as temporary:
         (temporary / "new").write_text("new")
     assert (os.listdir(target), os.listdir(tmp_path)) == (["new"], ["target"])
 
@@ -114,7 +126,7 @@ def test_replacing_where_folders_cannot_be_exchanged(
         rename(source, destination)
 
     monkeypatch.setattr("os.rename", fail_to_publish)
-    with pytest.raises(OSError, match="Input/output"), folder_published_as(target, replace=True):
+    with pytest.raises(OSError, match="Input/output"), folder_published_as(target, replace):
         pass
     assert (os.listdir(target), os.listdir(tmp_path)) == (["new"], ["target"])
 
@@ -127,7 +139,7 @@ def test_an_error_of_the_exchange_leaves_the_old_folder(tmp_path: Path, monkeypa
     monkeypatch.setattr("ctypes.get_errno", lambda: errno.ENOSPC)
     (tmp_path / "target").mkdir()
     (tmp_path / "target/old").write_text("old")
-    with pytest.raises(OSError, match="No space"), folder_published_as(tmp_path / "target", replace=True):
+    with pytest.raises(OSError, match="No space"), folder_published_as(tmp_path / "target", replace):
         pass
     assert (os.listdir(tmp_path / "target"), os.listdir(tmp_path)) == (["old"], ["target"])
 
@@ -135,23 +147,46 @@ def test_an_error_of_the_exchange_leaves_the_old_folder(tmp_path: Path, monkeypa
 def test_what_killed_runs_left_is_removed_and_what_runs_is_not(tmp_path: Path) -> None:
     target = tmp_path / "target"
     hour_ago = time.time() - 3600
-    for name in (".target.a.tmp", ".target.b.tmp", ".other.c.tmp", ".target.young.tmp"):
+    names = [".target.aaaaaaaa.tmp", ".target.bbbbbbbb.tmp", ".other.cccccccc.tmp", ".target.young___.tmp"]
+    for name in [*names, ".target.backup.tmp", ".target.v2.dddddddd.tmp"]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("half")
         if "young" not in name:
             os.utime(tmp_path / name, (hour_ago, hour_ago))
-    (tmp_path / ".target.link.tmp").symlink_to(tmp_path / ".other.c.tmp")
-    with locked_folder(tmp_path / ".target.b.tmp"), folder_published_as(target):
+    (tmp_path / ".target.link____.tmp").symlink_to(tmp_path / names[2])
+    with locked_folder(tmp_path / names[1]), folder_published_as(target):
         pass
-    left = [".other.c.tmp", ".target.b.tmp", ".target.link.tmp", ".target.young.tmp", "target"]
-    assert sorted(os.listdir(tmp_path)) == left
-    assert os.listdir(tmp_path / ".other.c.tmp") == ["half"]
+    left = {*names[1:], ".target.link____.tmp", ".target.backup.tmp", ".target.v2.dddddddd.tmp", "target"}
+    assert set(os.listdir(tmp_path)) == left
+    assert os.listdir(tmp_path / names[2]) == ["half"]
+
+
+def test_what_a_killed_run_moved_aside_comes_back(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    (tmp_path / ".target.aaaaaaaa.tmp.old").mkdir()
+    (tmp_path / ".target.aaaaaaaa.tmp.old/old").write_text("old")
+    with pytest.raises(UsageError, match="exists already"), folder_published_as(target):
+        pass
+    assert (os.listdir(tmp_path), os.listdir(target)) == (["target"], ["old"])
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY])
+def test_a_place_that_takes_no_folder_is_the_environments_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def busy(*_: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("os.rename", busy)
+    with pytest.raises(EnvironmentFault, match="cannot be put there"), folder_published_as(tmp_path / "target"):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_run_that_is_writing_is_not_taken_for_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("siamese_deploy.durable_files._ABANDONED_AFTER_S", -1)
     with folder_published_as(tmp_path / "target") as first:
-        with folder_published_as(tmp_path / "target", replace=True) as second:
+        with folder_published_as(tmp_path / "target", replace) as second:
             assert first.exists()
             (second / "second").write_text("")
         assert first.exists()

@@ -24,7 +24,7 @@ from networks import SMALL, own_checkpoint, random_network
 from onnx import TensorProto
 
 from siamese_deploy import OnnxVerifier, read_bundle
-from siamese_deploy.demo_data import write_demo_data
+from siamese_deploy.demo_data import draw_character, write_demo_data
 from siamese_deploy.errors import AccuracyError, InputDataError, ParityError
 from siamese_deploy.image_folder import scan_image_folder
 from siamese_deploy.metrics import OperatingPoint
@@ -33,7 +33,13 @@ from siamese_export import export as export_module
 from siamese_export.accuracy import Limits, cost_of_precision, measure_accuracy
 from siamese_export.cli import main as export_main
 from siamese_export.graphs import backbone_model, serialized
-from siamese_export.precision import balanced_order, calibration_images, eight_bits, half_precision
+from siamese_export.precision import (
+    balanced_order,
+    calibration_images,
+    eight_bits,
+    half_precision,
+    require_range_of_half,
+)
 from siamese_train.checkpoint import read_checkpoint
 from siamese_train.torch_verifier import TorchVerifier
 
@@ -270,8 +276,31 @@ def test_values_too_large_for_half_precision_are_an_error(drawn: Path, tmp_path:
     path = own_checkpoint(tmp_path / "best.pth", network, *SMALL)
     result = run(export_main, "-c", path, "-o", tmp_path / "bundle", *options_for("fp16", drawn))
     assert result.exit_code == ParityError.exit_code, result.output
-    assert "in fp16 the network gives NaN or infinity" in result.stderr
+    assert "occur in the network, and fp16 holds at most 65504" in result.stderr
     assert os.listdir(tmp_path) == ["best.pth"]
+
+
+def test_an_overflow_inside_is_found_although_the_cpu_hides_it() -> None:
+    """On the CPU ONNX Runtime computes float16 in float32, and what is large inside comes out small."""
+    network = random_network(*SMALL)
+    reference = TorchVerifier(network, Preprocess((64, 64)), torch.device("cpu"))
+    images = np.stack([np.asarray(draw_character(k, k).resize((64, 64))) for k in range(4)])
+    require_range_of_half(reference, images)
+    first, after = network.backbone.features[0], network.backbone.features[3]
+    with torch.no_grad():
+        first.weight.mul_(1e5)
+        first.bias.mul_(1e5)
+        after.squeeze.weight.mul_(1e-5)
+    with pytest.raises(ParityError, match="fp16 holds at most 65504"):
+        require_range_of_half(reference, images)
+    embedding = reference.embed(images)
+    assert np.abs(embedding).max() < 1000
+    with torch.no_grad():
+        first.weight.mul_(1e-5)
+        first.bias.mul_(1e-5)
+        after.squeeze.weight[0, 0] = float("nan")
+    with pytest.raises(ParityError, match="values of up to nan"):
+        require_range_of_half(reference, images)
 
 
 def test_options_that_do_not_go_together(run: RunCommand, drawn: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -283,9 +312,22 @@ def test_options_that_do_not_go_together(run: RunCommand, drawn: Path, checkpoin
         (("--calibration", drawn, *val), "--calibration has an effect with --precision int8 only"),
         (("--precision", "fp16", "--target", "cpu", *val), "--target has an effect with --precision int8 only"),
         (("--max_auc_drop", 0.1, *val), "--max_auc_drop has an effect with --precision fp16 and int8 only"),
-        (("--bundle", tmp_path), "--bundle BUNDLE goes with --triton FOLDER"),
+        (("--precision", "fp16", "--seed", 0, *val), "--seed has an effect with --precision int8 only"),
+        (
+            ("--precision", "fp16", "--max_far_growth", "inf", *val),
+            "--max_far_growth: expected a finite number, got inf",
+        ),
+        (("--target_far", 1e-320, *val), "--target_far: expected a rate between 1e-09 and 1"),
+        (
+            ("--bundle", tmp_path, "--triton", drawn.parent / "t"),
+            "--checkpoint has no effect together with --bundle and",
+        ),
+        (("--show", tmp_path), "--checkpoint has no effect together with --show"),
+        (("--triton", tmp_path / "bundle/t"), "parent folder does not exist"),
+        (("--triton", tmp_path / "bundle"), "is inside the bundle"),
     ):
         assert_refused(run(export_main, *base, *options), 2, words)
+    assert_refused(run(export_main, "--bundle", tmp_path), 2, "--bundle BUNDLE goes with --triton FOLDER")
     result = run(export_main, *base, "--precision", "fp16", *val)
     assert_refused(result, 3, "a false accept rate of 0.001 needs 10,000 pairs of different classes, got 540")
     (tmp_path / "empty").mkdir()

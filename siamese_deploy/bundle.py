@@ -121,13 +121,14 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         BundleError: not a bundle, incomplete, with files that do not belong to it, damaged, or of a newer format.
     """
     folder = Path(path)
-    before = _identity(folder)
-    try:
-        return _read_bundle(folder)
-    except (BundleError, FileNotFoundError):
-        if _identity(folder) == before:
-            raise
-    return _read_bundle(folder)  # the whole bundle was replaced between two of its files
+    while True:
+        before = _identity(folder)
+        try:
+            return _read_bundle(folder)
+        except (BundleError, FileNotFoundError):
+            if _identity(folder) == before:
+                raise
+            # The whole bundle was replaced between two of its files: read the new one.
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,6 +135,7 @@ def test_other_texts_are_no_manifest(bundle_path: Path, text: bytes, words: str)
         ({"preprocess": Preprocess((24, 0))}, r"size_hw: expected two positive whole numbers, got \[24, 0\]"),
         ({"preprocess": Preprocess((None, 32))}, r"size_hw: expected two positive"),  # type: ignore[arg-type]
         ({"batch": (1, 4, 0)}, "batch: expected 1 <= min <= opt <= max"),
+        ({"precision": "int8"}, "precision: expected one of fp32, fp16, int8-cpu, int8-tensorrt, got 'int8'"),
     ],
 )
 def test_a_whole_manifest_with_wrong_values_is_refused(tmp_path: Path, change: dict[str, object], words: str) -> None:
@@ -152,6 +154,49 @@ def test_writing_is_atomic_and_never_replaces(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(TypeError):
         bundle.write(tmp_path / "other")
     assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_a_bundle_replaced_while_it_is_read_is_read_whole(tmp_path: Path) -> None:
+    one = make_bundle()
+    other = replace(one, backbone=one.backbone + b"other", head=one.head + b"other")
+    target = tmp_path / "bundle"
+    one.write(target)
+    stop = threading.Event()
+
+    def replace_again_and_again() -> None:
+        while not stop.is_set():
+            for bundle in (other, one):
+                bundle.write(target, replace=True)
+
+    writer = threading.Thread(target=replace_again_and_again)
+    writer.start()
+    try:
+        seen = {read_bundle(target).digest for _ in range(2000)}
+    finally:
+        stop.set()
+        writer.join()
+    assert seen == {one.digest, other.digest}
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_only_a_bundle_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    target.mkdir()
+    for names in ([], [MANIFEST], [MANIFEST, HEAD], [MANIFEST, BACKBONE, HEAD, "notes.txt"], ["notes.txt"]):
+        for name in names:
+            (target / name).write_text("{}")
+        with pytest.raises(UsageError, match="is no bundle"):
+            make_bundle().write(target, replace=True)
+        assert sorted(os.listdir(target)) == sorted(names)
+        shutil.rmtree(target)
+        target.mkdir()
+    target.rmdir()
+    make_bundle().write(target)
+    (target / BACKBONE).unlink()  # an incomplete one is one
+    make_bundle().write(target, replace=True)
+    (target / MANIFEST).write_bytes(b"damaged")
+    make_bundle().write(target, replace=True)
+    assert read_bundle(target).digest == make_bundle().digest
 
 
 def test_manifest_is_readable_json_for_people(tiny_bundle: Path) -> None:

@@ -131,9 +131,9 @@ def _remove_abandoned(target: Path) -> None:
             continue
         try:
             # Between its making and its locking a folder is young.
-            if folder.is_symlink() or time.time() - folder.stat().st_mtime < _ABANDONED_AFTER_S:
+            if time.time() - folder.stat().st_mtime < _ABANDONED_AFTER_S:
                 continue
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
             continue
         try:

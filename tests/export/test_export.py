@@ -151,14 +151,7 @@ def test_scores_of_different_pairs_differ(bundle: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "size"),
-    [
-        ("resnet18", 224),
-        ("mobilenet_v3_small", 224),
-        ("efficientnet_b0", 96),
-        ("convnext_tiny", 64),
-        ("googlenet", 64),
-        SMALL,
-    ],  # fmt: skip
+    [("resnet18", 224), ("mobilenet_v3_small", 224), ("efficientnet_b0", 96), ("convnext_tiny", 64), ("googlenet", 64)],
 )
 def test_networks_export_and_answer_alike(
     run: RunCommand, pictures: Path, tmp_path: Path, backbone: str, size: int
@@ -209,6 +202,19 @@ def test_nan_is_no_parity(checkpoint: Path, bundle: Path) -> None:
                     require_parity(replace(good, **{field: value}))
         with pytest.raises(ParityError, match="head: score difference"):
             require_parity(replace(good, head_score_difference=0.001))
+
+
+def test_a_network_too_large_for_float32_is_named_before_the_work(
+    run: RunCommand, checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "MAX_GRAPH_BYTES", 4 * 1_235_496 // 2)
+    result = run(export_main, "-c", checkpoint, "-o", tmp_path / "bundle")
+    assert_refused(result, 4, f"{SMALL[0]} takes 0.0 GB in float32", "export it with --precision fp16")
+    options = ["--precision", "fp16", "--val_path", pictures, "--target_far", 0.2, "--max_auc_drop", 0.2]
+    result = run(export_main, "-c", checkpoint, "-o", tmp_path / "bundle", *options, "--max_tar_drop", 0.5)
+    assert result.exit_code == 0, result.output
+    assert "comparing fp32" not in result.stderr
+    assert read_bundle(tmp_path / "bundle").manifest.precision == "fp16"
 
 
 @pytest.mark.slow

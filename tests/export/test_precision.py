@@ -301,6 +301,12 @@ def test_an_overflow_inside_is_found_although_the_cpu_hides_it() -> None:
         after.squeeze.weight[0, 0] = float("nan")
     with pytest.raises(ParityError, match="values of up to nan"):
         require_range_of_half(reference, images)
+    # A weight that multiplies nothing but zeros is too large all the same.
+    with torch.no_grad():
+        first.weight[0], first.bias[0] = 0, -1
+        after.squeeze.weight[:, 0] = 1e5
+    with pytest.raises(ParityError, match=r"values of up to 1e\+05"):
+        require_range_of_half(reference, images)
 
 
 def test_options_that_do_not_go_together(run: RunCommand, drawn: Path, checkpoint: Path, tmp_path: Path) -> None:

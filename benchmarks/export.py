@@ -40,7 +40,7 @@ from siamese_train.model import (
 from siamese_train.train import train
 
 SHAPE_ARITHMETIC = {"Shape", "Range", "Gather", "Slice", "Expand", "ConstantOfShape", "Where", "Unsqueeze", "Squeeze"}
-TRANSFORMERS = ("swin", "vit")
+TRANSFORMERS = ("maxvit", "swin", "vit")
 TOO_LARGE = ("regnet_y_128gf", "vit_h_14")
 SIZE = 64
 

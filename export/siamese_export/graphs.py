@@ -97,6 +97,7 @@ def _free_of_shape_arithmetic(backbone: Any) -> Iterator[InputNormalisation]:
     # Pooling a permuted tensor (ConvNeXt, Swin) is exported with its strides, unless it is laid out anew.
     pools = [module for module in backbone.modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
     hooks = [pool.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)) for pool in pools]
+    hooks += [pool.register_forward_hook(_pool_by_matrices) for pool in pools]
     normalise = InputNormalisation()
     # GoogLeNet and Inception scale once more, channel by channel; that becomes part of the one scaling.
     scales_again = bool(getattr(backbone, "transform_input", False))
@@ -112,6 +113,23 @@ def _free_of_shape_arithmetic(backbone: Any) -> Iterator[InputNormalisation]:
             backbone.transform_input = True
         for hook in hooks:
             hook.remove()
+
+
+def _pool_by_matrices(_: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
+    """Adaptive average pooling between sizes that do not divide (VGG on small pictures), else written with indices."""
+    (height, width), (new_height, new_width) = inputs[0].shape[-2:], output.shape[-2:]
+    if height % new_height == 0 and width % new_width == 0:
+        return None
+    return _means(height, new_height) @ inputs[0] @ _means(width, new_width).T
+
+
+def _means(size: int, new_size: int) -> torch.Tensor:
+    """(new_size, size): row i averages the positions that torch.nn.AdaptiveAvgPool2d averages for i."""
+    rows = torch.zeros(new_size, size)
+    for i in range(new_size):
+        start, end = i * size // new_size, -(-(i + 1) * size // new_size)
+        rows[i, start:end] = 1 / (end - start)
+    return rows
 
 
 def _export(module: nn.Module, example: tuple[torch.Tensor, ...], inputs: list[str], output: str) -> onnx.ModelProto:

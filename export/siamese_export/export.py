@@ -51,7 +51,6 @@ from siamese_deploy.verifier import Images
 from siamese_export.accuracy import (
     DEFAULT_TARGET_FAR,
     Accuracy,
-    Cost,
     Limits,
     cost_of_precision,
     measure_accuracy,
@@ -96,8 +95,6 @@ class Exported:
     parity: Parity
     accuracy: Accuracy | None
     """None without validation pictures."""
-    cost: Cost | None
-    """None in fp32."""
     speed: float | None
     """Pictures a second of the backbone in int8-cpu, in multiples of fp32's, on this CPU; None in other precisions."""
 
@@ -189,7 +186,7 @@ def export_checkpoint(
         require_parity(parity)
     about["parity"] = parity.to_json()
 
-    accuracy = cost = speed = None
+    accuracy = speed = None
     if val_folder:
         say(f"scoring every pair of {val_folder.root}")
         accuracy = measure_accuracy(verifier, val_folder, target_far)
@@ -210,7 +207,7 @@ def export_checkpoint(
         manifest = replace_fields(manifest, threshold=point.threshold, threshold_origin=accuracy.origin_of(point))
     bundle = replace_fields(bundle, manifest=manifest)
     bundle.write(target, replace=replace)
-    return Exported(bundle, parity, accuracy, cost, speed)
+    return Exported(bundle, parity, accuracy, speed)
 
 
 def _checked_target_far(

@@ -358,6 +358,7 @@ def test_calibrating_on_the_pictures_measured_on_is_noticed_by_content(
     options = ["-c", checkpoint, "-o", tmp_path / "bundle", "--val_path", drawn / "val", "--target_far", FAR]
     result = run(export_main, *options, "--precision", "int8", *wide)
     assert result.exit_code == 0, result.output
+    assert "gives 41 of 256 pictures to calibrate on" in result.stderr
     assert "warning: 5 files of" in result.stderr
     assert "among those calibrated on" in result.stderr
 

@@ -128,5 +128,9 @@ def _write_pictures(staging: Path, evaluation: Evaluation, show_progress: bool) 
 
     with interrupts_held() as let_interrupts_through, ThreadPool(usable_cores()) as threads:
         drawn = threads.imap_unordered(draw, range(len(pairs)))
-        for _ in tqdm(drawn, total=len(pairs), desc="drawing", unit="pair", disable=not show_progress):
-            let_interrupts_through()
+        try:
+            for _ in tqdm(drawn, total=len(pairs), desc="drawing", unit="pair", disable=not show_progress):
+                let_interrupts_through()
+        finally:  # no thread may still write into the folder when the caller removes it
+            threads.terminate()
+            threads.join()

@@ -11,15 +11,28 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from siamese_deploy.bundle import Bundle, read_bundle
+    from siamese_deploy.embedding_cache import EmbeddingCache
     from siamese_deploy.errors import SiameseError
     from siamese_deploy.evaluate import Evaluation, evaluate_folder
+    from siamese_deploy.gallery import Gallery
     from siamese_deploy.runtime import OnnxVerifier
 
-__all__ = ["Bundle", "Evaluation", "OnnxVerifier", "SiameseError", "evaluate_folder", "read_bundle"]
+__all__ = [
+    "Bundle",
+    "EmbeddingCache",
+    "Evaluation",
+    "Gallery",
+    "OnnxVerifier",
+    "SiameseError",
+    "evaluate_folder",
+    "read_bundle",
+]
 
 _HOME = {
     "Bundle": "bundle",
+    "EmbeddingCache": "embedding_cache",
     "Evaluation": "evaluate",
+    "Gallery": "gallery",
     "OnnxVerifier": "runtime",
     "SiameseError": "errors",
     "evaluate_folder": "evaluate",

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from siamese_deploy.durable_files import folder_published_as, refuse_existing
 from siamese_deploy.errors import BundleError, InputDataError, UsageError
+from siamese_deploy.graph_check import check_graph
 from siamese_deploy.preprocess import Preprocess
 from siamese_deploy.verifier import Embeddings
 
@@ -164,6 +165,7 @@ def _read_bundle(folder: Path) -> Bundle:
             raise BundleError(
                 f"{folder / name}: damaged (SHA-256 expected {files.get(name)}, got {found}); copy or export it again"
             )
+        check_graph(folder / name, graphs[name])
     bundle = Bundle(manifest, graphs[BACKBONE], graphs[HEAD])
     if bundle.digest != digest:
         raise BundleError(f"{folder / MANIFEST}: bundle_digest does not match the graphs; export the bundle again")

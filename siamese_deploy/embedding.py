@@ -1,27 +1,77 @@
-"""Pictures of a folder -> embeddings, each picture once; decoding overlaps inference."""
+"""Pictures -> embeddings, each once; reading and decoding overlap inference, and a known picture costs neither."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.pool import MapResult, ThreadPool
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from siamese_deploy.embedding_cache import EmbeddingCache, embedding_key
 from siamese_deploy.errors import ImageError, InputDataError, IntegrityError
 from siamese_deploy.image_folder import ImageFolder, SkippedFile
 from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.pairs import Pairs
-from siamese_deploy.preprocess import load_image
+from siamese_deploy.preprocess import Picture, decode_bytes, load_image, read_picture_file, resize_image
 from siamese_deploy.providers import usable_cores
 from siamese_deploy.verifier import Embeddings, Images, Scores, Verifier
 
-BATCH_SIZE = 16
+BATCH_SIZE = 32
 SCORE_CHUNK_PAIRS = 8192
 _BATCHES_AHEAD = 2
+
+T = TypeVar("T")
+
+
+@dataclass
+class EmbeddedPicture:
+    """One picture on its way; in the end it has a `vector`, or a `reason` why there is none."""
+
+    picture: Picture
+    sha256: bytes = b""
+    """Of the file's bytes; empty for a Pillow image or an array."""
+    vector: Embeddings | None = None
+    """(dim,) float32, finite."""
+    reason: str = ""
+    data: bytes | None = None
+    pixels: Images | None = None
+
+    @property
+    def name(self) -> str:
+        return os.fspath(self.picture) if isinstance(self.picture, str | os.PathLike) else "<picture>"
+
+
+def embed_pictures(
+    verifier: Verifier, pictures: Iterable[Picture], *, cache: EmbeddingCache | None = None
+) -> Iterator[list[EmbeddedPicture]]:
+    """Embed pictures in order, a batch at a time; pictures that cannot be read come with their reason.
+
+    Pictures that are files, or their bytes, and are in `cache` are neither decoded nor embedded.
+
+    Raises:
+        IntegrityError: the network answered with NaN or infinity.
+        UsageError: one of them is no `Picture`.
+    """
+    for batch in _read_and_decoded(verifier, pictures, cache):
+        new = [item for item in batch if item.pixels is not None]
+        if new:
+            vectors = verifier.embed(np.stack([item.pixels for item in new if item.pixels is not None]))
+            for item, vector in zip(new, vectors, strict=True):
+                if not np.isfinite(vector).all():
+                    raise IntegrityError(f"{item.name}: the network gives no finite embedding (NaN or infinity)")
+                item.vector, item.pixels = vector, None
+            if cache is not None:
+                keyed = [item for item in new if item.sha256]
+                cache.put_many(_keys(verifier, keyed), vectors[[bool(item.sha256) for item in new]])
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -39,7 +89,12 @@ class ImageEmbeddings:
 
 
 def embed_images(
-    verifier: Verifier, folder: ImageFolder, images: npt.NDArray[np.int64], *, show_progress: bool = False
+    verifier: Verifier,
+    folder: ImageFolder,
+    images: npt.NDArray[np.int64],
+    *,
+    cache: EmbeddingCache | None = None,
+    show_progress: bool = False,
 ) -> ImageEmbeddings:
     """Embed each of the pictures `images` (indices into folder.paths) once; unreadable ones are skipped and listed.
 
@@ -50,29 +105,25 @@ def embed_images(
     rows: list[Embeddings] = []
     row_of_image = np.full(len(folder), -1, dtype=np.int64)
     skipped: list[SkippedFile] = []
-    n_embedded = 0
+    remaining = iter(images.tolist())
     with (
         interrupts_held() as let_interrupts_through,
         tqdm(total=len(images), desc="embedding", unit="image", disable=not show_progress) as progress,
     ):
-        for batch in _decoded_batches(verifier, folder, images):
-            skipped += [SkippedFile(folder.paths[image], reason) for image, _, reason in batch if reason]
-            readable = [(image, pixels) for image, pixels, _ in batch if pixels is not None]
-            if readable:
-                vectors = verifier.embed(np.stack([pixels for _, pixels in readable]))
-                finite = np.isfinite(vectors).all(axis=1)
-                if not finite.all():
-                    first = folder.paths[readable[int(np.argmin(finite))][0]]
-                    raise IntegrityError(f"{first}: the network gives no finite embedding (NaN or infinity)")
-                row_of_image[[image for image, _ in readable]] = np.arange(n_embedded, n_embedded + len(readable))
-                n_embedded += len(readable)
-                rows.append(vectors)
+        paths = (folder.absolute_path(image) for image in images.tolist())
+        for batch in embed_pictures(verifier, paths, cache=cache):
+            for item, image in zip(batch, remaining, strict=False):
+                if item.vector is None:
+                    skipped.append(SkippedFile(folder.paths[image], item.reason))
+                else:
+                    row_of_image[image] = len(rows)
+                    rows.append(item.vector)
             progress.update(len(batch))
             let_interrupts_through()
     if not rows:
         reason = f" ({skipped[0].reason}, ...)" if skipped else ""
         raise InputDataError(f"{folder.root}: none of {len(images)} pictures can be read{reason}")
-    return ImageEmbeddings(np.concatenate(rows), row_of_image, tuple(skipped))
+    return ImageEmbeddings(np.stack(rows), row_of_image, tuple(skipped))
 
 
 def score_pairs(verifier: Verifier, embeddings: ImageEmbeddings, pairs: Pairs) -> Scores:
@@ -91,26 +142,82 @@ def score_pairs(verifier: Verifier, embeddings: ImageEmbeddings, pairs: Pairs) -
     return scores
 
 
-_Decoded = tuple[int, Images | None, str]  # index of the picture, its pixels or None, why there are none
+def _read_and_decoded(
+    verifier: Verifier, pictures: Iterable[Picture], cache: EmbeddingCache | None
+) -> Iterator[list[EmbeddedPicture]]:
+    """Batches in order; while one is in the network, threads read and decode the next (Pillow releases the GIL)."""
 
-
-def _decoded_batches(
-    verifier: Verifier, folder: ImageFolder, images: npt.NDArray[np.int64]
-) -> Iterator[list[_Decoded]]:
-    """Batches in order; while one is in the network, threads decode the next ones (Pillow releases the GIL)."""
-
-    def decode(image: int) -> _Decoded:
+    def decode(item: EmbeddedPicture) -> None:
         try:
-            return image, load_image(folder.absolute_path(image), verifier.preprocess), ""
+            if item.data is not None:
+                item.pixels = resize_image(decode_bytes(item.data, item.name), verifier.preprocess.size_hw)
+            else:
+                item.pixels = load_image(item.picture, verifier.preprocess)
         except ImageError as error:
-            return image, None, error.reason
+            item.reason = error.reason
+        item.data = None
 
-    batches = (images[i : i + BATCH_SIZE].tolist() for i in range(0, len(images), BATCH_SIZE))
-    waiting: deque[MapResult[_Decoded]] = deque()
+    def look_up(batch: list[EmbeddedPicture]) -> list[EmbeddedPicture]:
+        """Those that have to be decoded."""
+        keyed = [item for item in batch if item.sha256]
+        if cache is not None and keyed:
+            keys = _keys(verifier, keyed)
+            known = cache.get_many(keys, verifier.embedding_dim)
+            for item, key in zip(keyed, keys, strict=True):
+                item.vector = known.get(key)
+        return [item for item in batch if item.vector is None and not item.reason]
+
     with ThreadPool(usable_cores()) as threads:
+
+        def start_decoding(batch: list[EmbeddedPicture]) -> tuple[list[EmbeddedPicture], MapResult[None]]:
+            return batch, threads.map_async(decode, look_up(batch), chunksize=1)
+
+        read: deque[tuple[list[EmbeddedPicture], MapResult[None]]] = deque()
+        decoded: deque[tuple[list[EmbeddedPicture], MapResult[None]]] = deque()
+        batches = ([EmbeddedPicture(picture) for picture in batch] for batch in _batched(pictures, BATCH_SIZE))
         for batch in batches:
-            waiting.append(threads.map_async(decode, batch, chunksize=1))
-            if len(waiting) > _BATCHES_AHEAD:
-                yield waiting.popleft().get()
-        while waiting:
-            yield waiting.popleft().get()
+            read.append((batch, threads.map_async(_read, batch, chunksize=1)))
+            if len(read) > 1:
+                decoded.append(start_decoding(_finished(*read.popleft())))
+            if len(decoded) > _BATCHES_AHEAD:
+                yield _finished(*decoded.popleft())
+        decoded.extend(start_decoding(_finished(*waiting)) for waiting in read)
+        for waiting in decoded:
+            yield _finished(*waiting)
+
+
+def _read(item: EmbeddedPicture) -> None:
+    if isinstance(item.picture, bytes):
+        item.data = item.picture
+    elif isinstance(item.picture, str | os.PathLike):
+        try:
+            item.data = read_picture_file(item.picture)
+        except ImageError as error:
+            item.reason = error.reason
+    if item.data is not None:
+        item.sha256 = hashlib.sha256(item.data).digest()
+
+
+def _finished(batch: list[EmbeddedPicture], work: MapResult[None]) -> list[EmbeddedPicture]:
+    work.get()
+    return batch
+
+
+def _keys(verifier: Verifier, items: Sequence[EmbeddedPicture]) -> list[bytes]:
+    return [
+        embedding_key(
+            item.sha256,
+            model_digest=verifier.model_digest,
+            backend=verifier.backend,
+            provider=verifier.provider,
+            runtime_version=verifier.runtime_version,
+            preprocess=verifier.preprocess,
+        )
+        for item in items
+    ]
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

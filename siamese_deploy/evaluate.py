@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from siamese_deploy.embedding import ImageEmbeddings, embed_images, score_pairs
+from siamese_deploy.embedding_cache import EmbeddingCache
 from siamese_deploy.errors import InputDataError
 from siamese_deploy.image_folder import ImageFolder, SkippedFile, scan_image_folder
 from siamese_deploy.metrics import VerificationMetrics, verification_metrics
@@ -29,20 +30,32 @@ class Evaluation:
 
 
 def evaluate_folder(
-    verifier: Verifier, root: str | os.PathLike[str], *, seed: int = 1, show_progress: bool = False
+    verifier: Verifier,
+    root: str | os.PathLike[str],
+    *,
+    seed: int = 1,
+    cache: EmbeddingCache | None = None,
+    show_progress: bool = False,
 ) -> Evaluation:
-    """Sample the seeded pair list of `root` and evaluate it.
+    """Sample the seeded pair list of `root` and evaluate it; pictures that `cache` knows are not embedded again.
 
     Raises:
         InputDataError: no such folder, too few classes or pictures, or none readable.
         IntegrityError: the network gives NaN.
     """
     folder = scan_image_folder(root)
-    return evaluate_pairs(verifier, folder, sample_pairs(folder, seed), show_progress=show_progress)
+    return evaluate_pairs(verifier, folder, sample_pairs(folder, seed), cache=cache, show_progress=show_progress)
 
 
-def evaluate_pairs(verifier: Verifier, folder: ImageFolder, pairs: Pairs, *, show_progress: bool = False) -> Evaluation:
-    embeddings = embed_images(verifier, folder, pairs.unique_images(), show_progress=show_progress)
+def evaluate_pairs(
+    verifier: Verifier,
+    folder: ImageFolder,
+    pairs: Pairs,
+    *,
+    cache: EmbeddingCache | None = None,
+    show_progress: bool = False,
+) -> Evaluation:
+    embeddings = embed_images(verifier, folder, pairs.unique_images(), cache=cache, show_progress=show_progress)
     return evaluate_embedded(verifier, folder, pairs, embeddings)
 
 

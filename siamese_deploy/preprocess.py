@@ -1,4 +1,4 @@
-"""Picture file -> uint8 RGB (H, W, 3). The only decoder and the only resizer in the project.
+"""Picture -> uint8 RGB (H, W, 3). The only decoder and the only resizer in the project.
 
 Training puts its augmentation between `decode_image` and `resize_image`; evaluation and deployment call `load_image`,
 which is the two in a row. Scaling to floats, mean and standard deviation are inside the network's graph.
@@ -9,20 +9,25 @@ from __future__ import annotations
 import io
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from siamese_deploy.errors import ImageError
+from siamese_deploy.errors import ImageError, UsageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
 MIN_SIDE_PIXELS = 8
 ALPHA_BACKGROUND = (128, 128, 128)
+
+Picture: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
+"""What can be embedded: the path of a picture file, the bytes of one, a Pillow image, or a uint8 array (H, W, 3) RGB
+or (H, W) grey."""
 
 
 @dataclass(frozen=True)
@@ -40,44 +45,51 @@ class Preprocess:
         return {"size_hw": list(self.size_hw), "resize": self.resize, "decode": self.decode}
 
 
-def load_image(source: str | os.PathLike[str], preprocess: Preprocess) -> npt.NDArray[np.uint8]:
-    """Decode and resize one picture file.
+def load_image(picture: Picture, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
+    """Decode and resize one picture.
 
     Returns:
         (H, W, 3) uint8 RGB with (H, W) = preprocess.size_hw.
 
     Raises:
-        ImageError: the file cannot be read, is no picture of a supported format, is truncated, too small or too large.
+        ImageError: it cannot be read, is no picture of a supported format, is truncated, too small or too large.
+        UsageError: not a `Picture`.
     """
-    return resize_image(decode_image(source), preprocess.size_hw)
+    return resize_image(decode_image(picture), preprocess.size_hw)
 
 
-def decode_image(source: str | os.PathLike[str]) -> Image.Image:
-    """Decode one picture file to a full-size Pillow image of mode RGB.
+def decode_image(picture: Picture) -> Image.Image:
+    """A full-size Pillow image of mode RGB.
 
     EXIF orientation is applied; of an animation or a multi-page file the first frame is taken; transparency is laid
-    over mid-grey; 16-bit grey is scaled to 8 bits (value / 257); CMYK is converted; colour profiles are ignored.
+    over mid-grey; 16-bit grey is scaled to 8 bits (value / 257); CMYK is converted; colour profiles are ignored. Of a
+    Pillow image and an array the same holds as far as it applies: they give what the file they came from gives.
 
     Raises:
-        ImageError: as `load_image`.
+        ImageError, UsageError: as `load_image`.
     """
-    path = os.fspath(source)
-    data = _read_picture_file(path)
-    try:
+    if isinstance(picture, np.ndarray):
+        return _from_array(picture)
+    if isinstance(picture, Image.Image):
+        return _guarded("<picture>", b"", lambda: _checked_rgb("<picture>", picture.copy()))
+    if isinstance(picture, bytes | bytearray | memoryview):
+        return decode_bytes(bytes(picture))
+    if not isinstance(picture, str | os.PathLike):
+        raise UsageError(
+            "picture: expected a path, the bytes of a file, a Pillow image or a uint8 array, "
+            f"got {type(picture).__name__}"
+        )
+    return decode_bytes(read_picture_file(picture), os.fspath(picture))
+
+
+def decode_bytes(data: bytes, name: str = "<bytes>") -> Image.Image:
+    """`decode_image` of the bytes of a picture file; `name` is what errors call it."""
+
+    def decode() -> Image.Image:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ImageError(path, f"too large: {width}x{height} pixels, at most {MAX_PIXELS:,} are accepted")
-            if min(width, height) < MIN_SIDE_PIXELS:
-                raise ImageError(path, f"too small: {width}x{height} pixels, at least {MIN_SIDE_PIXELS} a side")
-            image.load()
-            return _to_rgb(path, _upright(image))
-    except ImageError:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more on damaged files
-        raise ImageError(path, _why_unreadable(data, error)) from error
+            return _checked_rgb(name, image)
+
+    return _guarded(name, data, decode)
 
 
 def resize_image(image: Image.Image, size_hw: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -86,7 +98,13 @@ def resize_image(image: Image.Image, size_hw: tuple[int, int]) -> npt.NDArray[np
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _read_picture_file(path: str) -> bytes:
+def read_picture_file(source: str | os.PathLike[str]) -> bytes:
+    """The bytes of a regular file of at most MAX_FILE_BYTES.
+
+    Raises:
+        ImageError: it cannot be read, is empty, too large, or not a regular file.
+    """
+    path = os.fspath(source)
     try:
         # O_NONBLOCK: a named pipe called x.jpg must not hang the run.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -105,6 +123,34 @@ def _read_picture_file(path: str) -> bytes:
             return file.read()
         except OSError as error:
             raise ImageError(path, f"cannot be read ({error.strerror})") from error
+
+
+def _from_array(pixels: npt.NDArray[np.uint8]) -> Image.Image:
+    colour = pixels.ndim == 3 and pixels.shape[2] == 3
+    if pixels.dtype != np.uint8 or not (colour or pixels.ndim == 2):
+        raise UsageError(
+            f"picture: expected a uint8 array (H, W, 3) RGB or (H, W) grey, got {pixels.dtype} {pixels.shape}"
+        )
+    return _guarded("<array>", b"", lambda: _checked_rgb("<array>", Image.fromarray(np.ascontiguousarray(pixels))))
+
+
+def _checked_rgb(name: str, image: Image.Image) -> Image.Image:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(name, f"too large: {width}x{height} pixels, at most {MAX_PIXELS:,} are accepted")
+    if min(width, height) < MIN_SIDE_PIXELS:
+        raise ImageError(name, f"too small: {width}x{height} pixels, at least {MIN_SIDE_PIXELS} a side")
+    image.load()
+    return _to_rgb(name, _upright(image))
+
+
+def _guarded(name: str, data: bytes, decode: Callable[[], Image.Image]) -> Image.Image:
+    try:
+        return decode()
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more on damaged files
+        raise ImageError(name, _why_unreadable(data, error)) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -7,11 +7,13 @@ compared with what was asked for.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import io
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,8 +30,19 @@ CHOICES = ("auto", *ORT_NAMES)
 _OPTIONS: dict[str, dict[str, str]] = {
     "cpu": {},
     # HEURISTIC: the default EXHAUSTIVE search runs again for each new batch size. TF32 off: scores as on the CPU.
-    "cuda": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"},
+    # The arena grows by what is asked for, not to the next power of two: two sessions share a small GPU.
+    "cuda": {
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "use_tf32": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+    },
     "tensorrt": {},
+}
+_SESSION_CONFIG = {
+    # Threads that wait for the next run sleep; within a run they spin, which is what makes it quick.
+    "session.force_spinning_stop": "1",
+    # Bytes that could also be read as ONNX Runtime's own format, which nobody has checked, are read as ONNX.
+    "session.load_model_format": "ONNX",
 }
 _LIBRARY = {"cuda": "libonnxruntime_providers_cuda.so", "tensorrt": "libonnxruntime_providers_tensorrt.so"}
 
@@ -57,12 +70,24 @@ def providers_to_try(asked: str) -> tuple[str, ...]:
     return ("cuda", "cpu") if asked == "auto" else (asked,)
 
 
-def open_session(graph: bytes, name: str, provider: str, threads: int | None = None) -> Any:
+def open_session(
+    graph: bytes,
+    name: str,
+    provider: str,
+    threads: int | None = None,
+    *,
+    options: Mapping[str, str] | None = None,
+    gpu_memory_bytes: int | None = None,
+    profile_into: str = "",
+) -> Any:
     """An onnxruntime.InferenceSession of `graph` that really runs on `provider`.
 
     Args:
         name: what to call the graph in an error.
         threads: CPU threads within one operator; default: the cores this process may use.
+        options: more options of the provider.
+        gpu_memory_bytes: most that the session's arena on the GPU may hold (CUDA's own workspaces come on top).
+        profile_into: folder for `nodes_by_provider` where ONNX Runtime cannot be asked; "" for no profile.
 
     Raises:
         ProviderError: the provider cannot start here; the message names what is missing.
@@ -71,15 +96,26 @@ def open_session(graph: bytes, name: str, provider: str, threads: int | None = N
     ort = import_onnxruntime()
     if ORT_NAMES[provider] not in ort.get_available_providers():
         raise ProviderError(_refusal(provider))
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    session_options = ort.SessionOptions()
+    session_options.log_severity_level = 3
     # Explicit, because ONNX Runtime otherwise pins threads to cores that may be offline (Jetson power modes).
-    options.intra_op_num_threads = threads or usable_cores()
+    session_options.intra_op_num_threads = threads or usable_cores()
+    for key, value in _SESSION_CONFIG.items():
+        session_options.add_session_config_entry(key, value)
+    if hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
+        session_options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    elif profile_into:
+        session_options.enable_profiling = True
+        session_options.profile_file_prefix = str(Path(profile_into) / name)
+    limit = {} if gpu_memory_bytes is None else {"gpu_mem_limit": str(gpu_memory_bytes)}
+    asked: list[tuple[str, dict[str, str]]] = [(ORT_NAMES[provider], {**_OPTIONS[provider], **(options or {})})]
+    if provider == "tensorrt":  # what TensorRT does not take still stays on the GPU
+        asked.append((ORT_NAMES["cuda"], _OPTIONS["cuda"] | limit))
+    elif provider == "cuda":
+        asked[0][1].update(limit)
     with _quiet(ort):
         try:
-            session = ort.InferenceSession(
-                graph, options, providers=[(ORT_NAMES[provider], _OPTIONS[provider])], enable_fallback=0
-            )
+            session = ort.InferenceSession(graph, session_options, providers=asked, enable_fallback=0)
         except Exception as error:  # ONNX Runtime raises its own kinds, RuntimeError and UnicodeDecodeError
             if provider != "cpu" and _why_unavailable(provider):
                 raise ProviderError(_refusal(provider)) from error
@@ -88,6 +124,31 @@ def open_session(graph: bytes, name: str, provider: str, threads: int | None = N
     if session.get_providers()[0] != ORT_NAMES[provider]:
         raise ProviderError(_refusal(provider))
     return session
+
+
+def nodes_by_provider(session: Any) -> dict[str, int]:
+    """How many nodes of the optimised graph each provider (by its short name) was given.
+
+    Of an ONNX Runtime that cannot be asked, those that ran since the session was opened with `profile_into`; profiling
+    ends here. Empty where neither is possible.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    short = {long: name for name, long in ORT_NAMES.items()}
+    if hasattr(session, "get_provider_graph_assignment_info"):
+        for part in session.get_provider_graph_assignment_info():
+            counts[short.get(part.ep_name, part.ep_name)] += len(part.get_nodes())
+    elif session.get_session_options().enable_profiling:
+        with open(session.end_profiling(), encoding="utf-8") as file:
+            events = json.load(file)
+        # A node that ran several times has several events.
+        ran = {
+            (event["name"], event["args"]["provider"])
+            for event in events
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+        }
+        for _, provider in ran:
+            counts[short.get(provider, provider)] += 1
+    return dict(counts)
 
 
 def run_session(session: Any, output: str, inputs: dict[str, Any], provider: str) -> Any:

@@ -30,11 +30,23 @@ _TILES_IN_MEMORY = 512
 
 
 def write_report(
-    staging: Path, evaluation: Evaluation, verifier: Verifier, *, seed: int, show_progress: bool = False
-) -> None:
+    staging: Path,
+    evaluation: Evaluation,
+    verifier: Verifier,
+    *,
+    seed: int,
+    images: str | int = "all",
+    show_progress: bool = False,
+) -> int:
     """Write all files of an evaluation into the empty folder `staging`.
 
     pairs.csv has the columns left, right, is_same, score in pair order; row k belongs to the picture k.png (from 0).
+
+    Args:
+        images: pairs to draw: "all", "errors" (wrong at the threshold of the metrics), "none", or the first so many.
+
+    Returns:
+        Number of pictures drawn.
     """
     folder, pairs = evaluation.folder, evaluation.pairs
     rows = [
@@ -44,9 +56,11 @@ def write_report(
     (staging / "pairs.csv").write_bytes(_csv_bytes(("left", "right", "is_same", "score"), rows))
     if evaluation.skipped:
         (staging / "skipped.csv").write_bytes(skipped_csv(evaluation.skipped))
-    _write_pictures(staging, evaluation, show_progress)
+    drawn = _pairs_to_draw(evaluation, images)
+    _write_pictures(staging, evaluation, drawn, show_progress)
     text = json.dumps(_metrics_json(evaluation, verifier, seed), indent=2, allow_nan=False)
     (staging / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    return len(drawn)
 
 
 def shortest_float32(value: np.float32) -> str:
@@ -118,18 +132,30 @@ def _tile(folder: ImageFolder, image: int) -> Image.Image:
         return missing_tile()
 
 
-def _write_pictures(staging: Path, evaluation: Evaluation, show_progress: bool) -> None:
-    folder, pairs = evaluation.folder, evaluation.pairs
+def _pairs_to_draw(evaluation: Evaluation, images: str | int) -> list[int]:
+    if isinstance(images, int):
+        return list(range(min(images, len(evaluation.pairs))))
+    accepted = evaluation.scores >= evaluation.metrics.threshold
+    wanted = {
+        "all": np.ones(len(accepted), bool),
+        "errors": accepted != evaluation.pairs.is_same,
+        "none": np.zeros(len(accepted), bool),
+    }[images]
+    return [int(pair) for pair in np.flatnonzero(wanted)]
 
-    tile = lru_cache(maxsize=_TILES_IN_MEMORY)(partial(_tile, folder))
+
+def _write_pictures(staging: Path, evaluation: Evaluation, drawn: list[int], show_progress: bool) -> None:
+    if not drawn:
+        return
+    tile = lru_cache(maxsize=_TILES_IN_MEMORY)(partial(_tile, evaluation.folder))
 
     def draw(pair: int) -> None:
         draw_pair(evaluation, pair, tile).save(staging / f"{pair}.png", compress_level=1)
 
     with interrupts_held() as let_interrupts_through, ThreadPool(usable_cores()) as threads:
-        drawn = threads.imap_unordered(draw, range(len(pairs)))
+        finished = threads.imap_unordered(draw, drawn)
         try:
-            for _ in tqdm(drawn, total=len(pairs), desc="drawing", unit="pair", disable=not show_progress):
+            for _ in tqdm(finished, total=len(drawn), desc="drawing", unit="pair", disable=not show_progress):
                 let_interrupts_through()
         finally:  # no thread may still write into the folder when the caller removes it
             threads.terminate()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,18 @@ from siamese_deploy.bundle import (
     golden_image,
     read_bundle,
 )
-from siamese_deploy.errors import BundleError, IntegrityError, ProviderError, UsageError
-from siamese_deploy.preprocess import Preprocess, load_image
-from siamese_deploy.providers import open_session, providers_to_try, run_session
+from siamese_deploy.embedding import embed_pictures
+from siamese_deploy.embedding_cache import EmbeddingCache
+from siamese_deploy.errors import BundleError, ImageError, IntegrityError, ProviderError, UsageError
+from siamese_deploy.preprocess import Picture, Preprocess
+from siamese_deploy.providers import (
+    import_onnxruntime,
+    nodes_by_provider,
+    open_session,
+    providers_to_try,
+    run_session,
+    usable_cores,
+)
 from siamese_deploy.verifier import Embeddings, Images, Scores
 
 # The golden check tells a wrong, damaged or overflowing network from rounding; export measures rounding itself. In 8
@@ -31,7 +43,7 @@ GOLDEN_LIMIT = {"fp32": 1e-2, "fp16": 1e-2, "int8-cpu": 5e-2, "int8-tensorrt": 5
 
 
 class OnnxVerifier:
-    """Embeds pictures and scores pairs with the two graphs of a bundle.
+    """Embeds pictures and scores pairs with the two graphs of a bundle. May be used from several threads at once.
 
     The provider is the one asked for or an error, and the bundle's golden check has passed on it before the
     constructor returns.
@@ -39,7 +51,12 @@ class OnnxVerifier:
     Args:
         bundle: folder, or a `Bundle` already read.
         provider: "auto" (CUDA where it truly starts, else CPU), "cpu", "cuda" or "tensorrt".
-        threads: CPU threads within one operator; default: the cores this process may use.
+        threads: CPU threads within one run; default: the cores this process may use.
+        throughput: for many pictures on the CPU: as many runs at once as there are threads, each on one, instead of
+            one run on all of them. A single picture then takes longer.
+        max_batch: pictures in one run of the backbone; default: the bundle's largest batch.
+        gpu_memory_mb: most that each of the two sessions may take on the GPU, in MiB, CUDA's own workspaces on top.
+        cache: embeddings of pictures seen before, for `compare`.
 
     Raises:
         InputDataError: no such bundle.
@@ -47,20 +64,39 @@ class OnnxVerifier:
         IntegrityError: the golden check fails.
         ProviderError: the provider cannot start here.
         MissingExtraError: onnxruntime is not installed.
+        UsageError: `max_batch` is more than the bundle's, or a number is not positive.
     """
 
     backend = "onnxruntime"
 
     def __init__(
-        self, bundle: Bundle | str | os.PathLike[str], *, provider: str = "auto", threads: int | None = None
+        self,
+        bundle: Bundle | str | os.PathLike[str],
+        *,
+        provider: str = "auto",
+        threads: int | None = None,
+        throughput: bool = False,
+        max_batch: int | None = None,
+        gpu_memory_mb: int | None = None,
+        cache: EmbeddingCache | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+        self.cache = cache
+        self.max_batch = self.bundle.manifest.batch[2] if max_batch is None else max_batch
+        if not 1 <= self.max_batch <= self.bundle.manifest.batch[2]:
+            raise UsageError(
+                f"max_batch: expected 1 to {self.bundle.manifest.batch[2]} (the bundle's), got {max_batch}"
+            )
+        for name, number in (("threads", threads), ("gpu_memory_mb", gpu_memory_mb)):
+            if number is not None and number < 1:
+                raise UsageError(f"{name}: expected at least 1, got {number}")
+        self._gpu_memory_bytes = None if gpu_memory_mb is None else gpu_memory_mb * 2**20
         self.provider_note = ""
         """What "auto" passed over and why, or what makes this provider a poor choice for the bundle; "" if nothing."""
         candidates = providers_to_try(provider)
         for self.provider in candidates:
             try:
-                self._open(threads)
+                self._open(threads or usable_cores(), throughput)
                 break
             except (ProviderError, IntegrityError) as error:
                 if self.provider == candidates[-1]:
@@ -70,11 +106,27 @@ class OnnxVerifier:
         if (self.bundle.manifest.precision, self.provider) == ("int8-tensorrt", "cpu"):
             self.provider_note = "this bundle's 8 bits are for TensorRT; here fp32 is faster"
 
-    def _open(self, threads: int | None) -> None:
-        self._backbone = open_session(self.bundle.backbone, BACKBONE, self.provider, threads)
-        self._head = open_session(self.bundle.head, HEAD, self.provider, threads)
-        self._check_signatures()
-        self._check_golden()
+    def _open(self, threads: int, throughput: bool) -> None:
+        self._runs_at_once = threads if throughput and self.provider == "cpu" else 1
+        with tempfile.TemporaryDirectory() as profiles:
+            self._backbone, self._head = (
+                open_session(
+                    graph,
+                    name,
+                    self.provider,
+                    threads if self._runs_at_once == 1 else 1,
+                    gpu_memory_bytes=self._gpu_memory_bytes,
+                    profile_into="" if self.provider == "cpu" else profiles,
+                )
+                for name, graph in ((BACKBONE, self.bundle.backbone), (HEAD, self.bundle.head))
+            )
+            self._check_signatures()
+            self._check_golden()
+            self.nodes = {
+                BACKBONE: nodes_by_provider(self._backbone),
+                HEAD: nodes_by_provider(self._head),
+            }
+            """Number of nodes on each provider, by graph; empty where ONNX Runtime cannot tell (old, on the CPU)."""
 
     @property
     def preprocess(self) -> Preprocess:
@@ -89,8 +141,16 @@ class OnnxVerifier:
     def model_digest(self) -> str:
         return self.bundle.digest
 
+    @property
+    def embedding_dim(self) -> int:
+        return self.bundle.manifest.embedding_dim
+
+    @property
+    def runtime_version(self) -> str:
+        return str(import_onnxruntime().__version__)
+
     def embed(self, images: Images) -> Embeddings:
-        """(N, H, W, 3) uint8 RGB -> (N, dim) float32; more than the bundle's largest batch is split.
+        """(N, H, W, 3) uint8 RGB -> (N, dim) float32; more than `max_batch` is split. N may be 0.
 
         Raises:
             UsageError: wrong shape or dtype.
@@ -98,22 +158,24 @@ class OnnxVerifier:
         height, width = self.preprocess.size_hw
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (height, width, 3):
             raise UsageError(f"images: expected uint8 (N, {height}, {width}, 3), got {images.dtype} {images.shape}")
-        largest = self.bundle.manifest.batch[2]
-        parts = [
-            run_session(
-                self._backbone, EMBEDDINGS, {IMAGES: np.ascontiguousarray(images[i : i + largest])}, self.provider
-            )
-            for i in range(0, len(images), largest)
-        ]
-        return np.concatenate(parts) if parts else np.empty((0, self.bundle.manifest.embedding_dim), np.float32)
+
+        def run(part: slice) -> Embeddings:
+            inputs = {IMAGES: np.ascontiguousarray(images[part])}
+            embeddings: Embeddings = run_session(self._backbone, EMBEDDINGS, inputs, self.provider)
+            return embeddings
+
+        if len(images) == 0:
+            return np.empty((0, self.embedding_dim), np.float32)
+        return np.concatenate(self._in_parts(run, len(images), self.max_batch))
 
     def score(self, left: Embeddings, right: Embeddings) -> Scores:
         """(P, dim), (P, dim) float32 -> (P,) float32 in [0, 1]; either side may be (1, dim) and is broadcast.
 
         Raises:
             UsageError: wrong shape or dtype.
+            IntegrityError: a score is NaN, as embeddings that are not finite give.
         """
-        dim = self.bundle.manifest.embedding_dim
+        dim = self.embedding_dim
         rows = {len(left), len(right)} - {1}
         for side in (left, right):
             if side.dtype != np.float32 or side.ndim != 2 or side.shape[1] != dim or len(rows) > 1:
@@ -121,22 +183,46 @@ class OnnxVerifier:
                     f"embeddings: expected two float32 (P, {dim}) or (1, {dim}), got {left.dtype} {left.shape} and "
                     f"{right.dtype} {right.shape}"
                 )
-        scores: Scores = run_session(self._head, SCORES, {LEFT: left, RIGHT: right}, self.provider)
-        return scores[:, 0]
 
-    def compare(self, left: str | os.PathLike[str], right: str | os.PathLike[str]) -> float:
-        """Score of two picture files, in [0, 1].
+        n_pairs = max(len(left), len(right)) if len(left) and len(right) else 0
+        scores = self._run_head(left, right, n_pairs) if n_pairs else np.empty(0, np.float32)
+        if not ((scores >= 0) & (scores <= 1)).all():
+            raise IntegrityError("the network gives scores that are NaN or outside [0, 1]; the model is damaged")
+        return scores
+
+    def _run_head(self, left: Embeddings, right: Embeddings, n_pairs: int) -> Scores:
+        def run(part: slice) -> Scores:
+            inputs = {LEFT: left if len(left) == 1 else left[part], RIGHT: right if len(right) == 1 else right[part]}
+            scores: Scores = run_session(self._head, SCORES, inputs, self.provider)
+            return scores[:, 0]
+
+        return np.concatenate(self._in_parts(run, n_pairs, n_pairs))
+
+    def _in_parts(self, run: Callable[[slice], Any], n_rows: int, largest: int) -> list[Any]:
+        """`run` of consecutive slices of at most `largest` rows; several at once if the sessions were made for that."""
+        size = min(largest, -(-n_rows // self._runs_at_once))
+        parts = [slice(start, start + size) for start in range(0, n_rows, size)]
+        if self._runs_at_once == 1 or len(parts) == 1:
+            return [run(part) for part in parts]
+        with ThreadPoolExecutor(self._runs_at_once) as threads:
+            return list(threads.map(run, parts))
+
+    def compare(self, left: Picture, right: Picture) -> float:
+        """Score of two pictures, in [0, 1]. Each is the path of a picture file, the bytes of one, a Pillow image, or a
+        uint8 array (H, W, 3) RGB or (H, W) grey; all go through the one conversion of `preprocess.decode_image`.
 
         Raises:
             ImageError: one of them cannot be used.
+            UsageError: one of them is something else.
             IntegrityError: the network gives no finite score.
         """
-        images = np.stack([load_image(path, self.preprocess) for path in (left, right)])
-        embeddings = self.embed(images)
-        score = float(self.score(embeddings[:1], embeddings[1:])[0])
-        if not 0 <= score <= 1:
-            raise IntegrityError(f"{left}, {right}: the network gives the score {score}; the model is damaged")
-        return score
+        vectors = []
+        for batch in embed_pictures(self, (left, right), cache=self.cache):
+            for item in batch:
+                if item.vector is None:
+                    raise ImageError(item.name, item.reason)
+                vectors.append(item.vector)
+        return float(self.score(vectors[0][None], vectors[1][None])[0])
 
     def _check_signatures(self) -> None:
         manifest = self.bundle.manifest
@@ -149,8 +235,11 @@ class OnnxVerifier:
 
     @staticmethod
     def _check(session: Any, name: str, inputs: dict[str, tuple[str, list[int]]], output: str, width: int) -> None:
-        found_in = {node.name: (node.type, node.shape[1:]) for node in session.get_inputs()}
-        found_out = {node.name: (node.type, node.shape[1:]) for node in session.get_outputs()}
+        try:
+            found_in = {node.name: (node.type, node.shape[1:]) for node in session.get_inputs()}
+            found_out = {node.name: (node.type, node.shape[1:]) for node in session.get_outputs()}
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{name}: a name in it is not UTF-8; copy or export the bundle again") from error
         expected_out = {output: ("tensor(float)", [width])}
         if (found_in, found_out) != (inputs, expected_out):
             raise BundleError(f"{name}: expected {inputs} -> {expected_out}, got {found_in} -> {found_out}")
@@ -158,7 +247,7 @@ class OnnxVerifier:
     def _check_golden(self) -> None:
         golden = self.bundle.manifest.golden
         embedding = self.embed(golden_image(self.preprocess.size_hw)[None])
-        score = float(self.score(embedding, embedding)[0])
+        score = float(self._run_head(embedding, embedding, 1)[0])
         error = float(np.linalg.norm(embedding[0] - golden.embedding) / (np.linalg.norm(golden.embedding) + 1e-12))
         limit = GOLDEN_LIMIT[self.bundle.manifest.precision]
         # Written so that NaN fails.

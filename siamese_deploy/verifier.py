@@ -42,6 +42,14 @@ class Verifier(Protocol):
         """SHA-256 (hex) that names the model: a bundle's digest, or that of the checkpoint file."""
         ...
 
+    @property
+    def runtime_version(self) -> str:
+        """Of the backend's library."""
+        ...
+
+    @property
+    def embedding_dim(self) -> int: ...
+
     def embed(self, images: Images) -> Embeddings:
         """(N, H, W, 3) uint8 -> (N, dim) float32. N may be 0."""
         ...

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from siamese_deploy.cli.command import PATH, SEED, Command
-from siamese_deploy.cli.eval import evaluate_into
+from siamese_deploy.cli.eval import IMAGES, evaluate_into
 from siamese_deploy.errors import needs_extra, one_line
 from siamese_train.config import TrainConfig
 
@@ -78,7 +78,10 @@ def train_main(**settings: Any) -> None:
 @click.option("-c", "--checkpoint", required=True, type=PATH, help="Checkpoint file (.pth).")
 @click.option("--seed", type=SEED, default=1, help="Seed of the pair list.")
 @click.option("--device", default="auto", help="auto (CUDA if PyTorch has it, else CPU), cpu, cuda or cuda:N.")
-def train_eval_main(val_path: Path, out_path: Path, checkpoint: Path, seed: int, device: str) -> None:
+@IMAGES
+def train_eval_main(
+    val_path: Path, out_path: Path, checkpoint: Path, seed: int, device: str, images: str | int
+) -> None:
     """Evaluate a checkpoint with PyTorch: loss, accuracy, pairs.csv and one picture per pair."""
 
     def open_verifier() -> Verifier:
@@ -89,4 +92,4 @@ def train_eval_main(val_path: Path, out_path: Path, checkpoint: Path, seed: int,
         click.echo(f"provider: {verifier.provider} (pytorch)")
         return verifier
 
-    evaluate_into(open_verifier, val_path, out_path, seed)
+    evaluate_into(open_verifier, val_path, out_path, seed, images=images)

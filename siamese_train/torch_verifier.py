@@ -39,6 +39,14 @@ class TorchVerifier:
     def provider(self) -> str:
         return self.device.type
 
+    @property
+    def runtime_version(self) -> str:
+        return torch.__version__
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.model.embedding_dim
+
     @torch.inference_mode()
     def embed(self, images: Images) -> Embeddings:
         """(N, H, W, 3) uint8 -> (N, dim) float32."""

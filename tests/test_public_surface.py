@@ -10,7 +10,8 @@ from siamese_deploy import errors
 
 def test_public_names_of_the_runtime() -> None:
     assert siamese_deploy.__all__ == [
-        "Bundle", "Evaluation", "OnnxVerifier", "SiameseError", "evaluate_folder", "read_bundle",
+        "Bundle", "EmbeddingCache", "Evaluation", "Gallery", "OnnxVerifier", "SiameseError", "evaluate_folder",
+        "read_bundle",
     ]  # fmt: skip
     for name in siamese_deploy.__all__:
         assert getattr(siamese_deploy, name).__name__ == name

@@ -72,8 +72,8 @@ def _backbone() -> onnx.ModelProto:
 def _head() -> onnx.ModelProto:
     random = np.random.RandomState(1)
     weights = {
-        "w1": random.normal(0, 0.2, (DIM, 8)).astype(np.float32),
-        "w2": random.normal(0, 0.2, (8, 1)).astype(np.float32),
+        "w1": random.normal(0, 0.001, (DIM, 8)).astype(np.float32),
+        "w2": random.normal(0, 1, (8, 1)).astype(np.float32),
     }
     nodes = [
         helper.make_node("Mul", ["left", "right"], ["product"]),

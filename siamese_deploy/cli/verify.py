@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from siamese_deploy.cli.command import PATH, Command
+from siamese_deploy.cli.runtime_options import RuntimeOptions, runtime_options
 from siamese_deploy.errors import UsageError, one_line
-from siamese_deploy.providers import CHOICES
 
 NO_MATCH = 10
 
@@ -17,20 +17,16 @@ NO_MATCH = 10
 @click.command(cls=Command, name="verify")
 @click.argument("left", type=PATH)
 @click.argument("right", type=PATH)
-@click.option("-c", "--checkpoint", "bundle", required=True, type=PATH, help="Bundle folder.")
-@click.option("--provider", type=click.Choice(CHOICES), default="auto", help="Where to run, as in siamese-eval.")
+@runtime_options
 @click.option("--threshold", type=float, help="Accept from this score on, 0 to 1.  [default: the bundle's]")
-def main(left: Path, right: Path, bundle: Path, provider: str, threshold: float | None) -> None:
+def main(left: Path, right: Path, runtime: RuntimeOptions, threshold: float | None) -> None:
     """Compare the pictures LEFT and RIGHT.
 
     Exit code 0 means match, 10 no match, anything else that nothing was decided; so `siamese verify A B -c BUNDLE &&
     open_the_gate` is safe.
     """
-    if threshold is not None and not 0 <= threshold <= 1:  # also refuses NaN, which click's own range lets through
-        raise UsageError(f"--threshold: expected a number from 0 to 1, got {threshold}")
-    from siamese_deploy.runtime import OnnxVerifier
-
-    verifier = OnnxVerifier(bundle, provider=provider)
+    check_threshold(threshold)
+    verifier = runtime.open_verifier(runtime.open_cache())
     score = verifier.compare(left, right)
     if threshold is None:
         threshold = verifier.threshold
@@ -38,3 +34,8 @@ def main(left: Path, right: Path, bundle: Path, provider: str, threshold: float 
     click.echo(one_line(f"{'match' if match else 'no match'}: score {score:.4f}, threshold {threshold:.4f}"))
     if not match:
         sys.exit(NO_MATCH)
+
+
+def check_threshold(threshold: float | None) -> None:
+    if threshold is not None and not 0 <= threshold <= 1:  # also refuses NaN, which click's own range lets through
+        raise UsageError(f"--threshold: expected a number from 0 to 1, got {threshold}")

@@ -158,7 +158,8 @@ def test_writing_is_atomic_and_never_replaces(tmp_path: Path, monkeypatch: pytes
 
 def test_a_bundle_replaced_while_it_is_read_is_read_whole(tmp_path: Path) -> None:
     one = make_bundle()
-    other = replace(one, backbone=one.backbone + b"other", head=one.head + b"other")
+    producer = b"\x12\x05other"  # the field producer_name
+    other = replace(one, backbone=one.backbone + producer, head=one.head + producer)
     target = tmp_path / "bundle"
     one.write(target)
     stop = threading.Event()

@@ -1,0 +1,453 @@
+"""Who is it? Enrol pictures under names, verify one name (1:1), identify among all (1:N)."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from siamese_deploy.durable_files import folder_published_as
+from siamese_deploy.embedding import EmbeddedPicture, embed_pictures
+from siamese_deploy.errors import ImageError, InputDataError, IntegrityError, UsageError
+from siamese_deploy.gallery_store import GalleryStore, Rows, StoredPicture
+from siamese_deploy.image_folder import ImageFolder, SkippedFile
+from siamese_deploy.interrupts import interrupts_held
+from siamese_deploy.preprocess import Picture, decode_image
+from siamese_deploy.runtime import OnnxVerifier
+from siamese_deploy.verifier import Embeddings, Scores
+
+MAX_NAME = 128
+
+
+@dataclass(frozen=True)
+class Candidate:
+    name: str
+    score: float
+    """In [0, 1], over the identity's pictures: the largest or the mean."""
+    pictures: int
+    """How many of them were compared."""
+
+
+@dataclass(frozen=True)
+class Identification:
+    candidates: tuple[Candidate, ...]
+    """Best first; equal scores in the order of the names."""
+    threshold: float
+    margin: float | None
+    """Score of the best less that of the second; None with fewer than two identities."""
+    decision: str
+    """ "match", "no match" (also of an empty gallery), or "ambiguous": the margin is not above the smallest allowed."""
+    damaged: int
+    """Rows of the gallery that were left out because they are not what was enrolled."""
+
+    @property
+    def name(self) -> str | None:
+        """The identity, if there is a match."""
+        return self.candidates[0].name if self.decision == "match" else None
+
+
+@dataclass
+class Enrolment:
+    identities: int = 0
+    """That got new pictures."""
+    pictures: int = 0
+    """New ones; those enrolled under the same name before are not counted."""
+    skipped: list[SkippedFile] = field(default_factory=list)
+    """Pictures that could not be read."""
+    refused: list[SkippedFile] = field(default_factory=list)
+    """Identities that were left as they are."""
+    doubles: list[str] = field(default_factory=list)
+    """New pictures that match somebody else at the threshold: who, and the score."""
+
+
+class Gallery:
+    """A folder of enrolled pictures, bound to the bundle that embedded them.
+
+    Safe with several threads and processes on one folder. What `enrol` and `remove` have returned from is on the disk.
+
+    Args:
+        folder: the gallery; it is made for the owner alone (0700).
+        verifier: the bundle; pictures seen before are taken from `verifier.cache`, if it has one.
+        create: make the gallery if it is not there.
+
+    Raises:
+        InputDataError: no such gallery, and `create` is False.
+        IntegrityError: it was made with another bundle, is no gallery, or is damaged.
+        BusyError, EnvironmentFault, UsageError: as `GalleryStore` and `private_folder`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], verifier: OnnxVerifier, *, create: bool = False) -> None:
+        path = Path(folder)
+        if create:
+            self.store = GalleryStore.create(path, verifier.model_digest, verifier.embedding_dim)
+        else:
+            self.store = GalleryStore(path)
+        digest, dim = self.store.model()
+        if (digest, dim) != (verifier.model_digest, verifier.embedding_dim):
+            raise IntegrityError(
+                f"{path}: was enrolled with another bundle (expected {digest[:12]}, got {verifier.model_digest[:12]}); "
+                "use that one, or run: siamese gallery reembed"
+            )
+        self.verifier = verifier
+        self._rows: Rows | None = None
+
+    def enrol(
+        self, name: str, pictures: Sequence[Picture], *, add: bool = False, replace: bool = False, doubles: bool = True
+    ) -> Enrolment:
+        """Enrol pictures of one identity, all of them or none.
+
+        Args:
+            name: 1 to 128 printable characters.
+            add: the identity may be enrolled already.
+            replace: its earlier pictures go.
+            doubles: look for somebody else whom the new pictures match; the head runs once over the gallery for each.
+
+        Raises:
+            UsageError: no valid name.
+            InputDataError: none of the pictures can be read, one is enrolled under another name, or the identity is
+                enrolled already and neither `add` nor `replace` is set.
+        """
+        enrolment = self._enrol([(name, list(pictures))], add, replace, doubles, show_progress=False)
+        if enrolment.refused:
+            raise InputDataError(f"{name}: {enrolment.refused[0].reason}")
+        return enrolment
+
+    def enrol_folder(
+        self,
+        folder: ImageFolder,
+        *,
+        add: bool = False,
+        replace: bool = False,
+        doubles: bool = True,
+        show_progress: bool = False,
+    ) -> Enrolment:
+        """Enrol every class of a folder as an identity; each identity is complete or not there, whenever it is stopped.
+
+        Identities that cannot be enrolled are `refused` and the others go on. Pictures that are enrolled under the
+        same name already are left alone, so a stopped run is simply started again.
+
+        Raises:
+            UsageError: a class has no valid name.
+            InputDataError: not one picture can be read.
+        """
+        groups: dict[str, list[Picture]] = {name: [] for name in folder.class_names}
+        for image in range(len(folder)):
+            groups[folder.class_name(image)].append(folder.absolute_path(image))
+        return self._enrol(list(groups.items()), add, replace, doubles, show_progress=show_progress)
+
+    def _enrol(
+        self,
+        groups: list[tuple[str, list[Picture]]],
+        add: bool,
+        replace: bool,
+        doubles: bool,
+        *,
+        show_progress: bool,
+    ) -> Enrolment:
+        for name, _ in groups:
+            check_name(name)
+        enrolment = Enrolment()
+        owner_of = {picture.sha256: picture.name for picture in self.store.pictures()}
+        owners = set(owner_of.values())
+        pictures = [picture for _, members in groups for picture in members]
+        waiting: list[EmbeddedPicture] = []
+        ahead = iter(groups)
+        name, members = next(ahead, ("", []))
+        with (
+            interrupts_held() as let_interrupts_through,
+            tqdm(total=len(pictures), desc="enrolling", unit="image", disable=not show_progress) as progress,
+        ):
+            for batch in embed_pictures(self.verifier, pictures, cache=self.verifier.cache):
+                waiting += batch
+                complete: list[tuple[str, list[EmbeddedPicture]]] = []
+                while members and len(waiting) >= len(members):
+                    items, waiting = waiting[: len(members)], waiting[len(members) :]
+                    new = _new_pictures(
+                        name, items, owner_of, enrolment, known=name in owners, add=add, replace=replace
+                    )
+                    if new:
+                        complete.append((name, new))
+                    name, members = next(ahead, ("", []))
+                self._commit(complete, [name for name, _ in complete if name in owners and replace], doubles, enrolment)
+                owners.update(name for name, _ in complete)
+                progress.update(len(batch))
+                let_interrupts_through()
+        if pictures and len(enrolment.skipped) == len(pictures):
+            first = enrolment.skipped[0]
+            raise InputDataError(f"none of {len(pictures)} pictures can be read ({first.path}: {first.reason}, ...)")
+        return enrolment
+
+    def _commit(
+        self,
+        complete: list[tuple[str, list[EmbeddedPicture]]],
+        replaced: list[str],
+        doubles: bool,
+        enrolment: Enrolment,
+    ) -> None:
+        rows = [(name, item) for name, items in complete for item in items]
+        if not rows:
+            return
+        if doubles:
+            for name, item in rows:
+                assert item.vector is not None  # noqa: S101 - for the type checker
+                other = self._double(name, item.vector)
+                if other:
+                    enrolment.doubles.append(f"{item.name} ({name}) matches {other.name} with {other.score:.4f}")
+        stored = [StoredPicture(name, item.sha256, _source(item)) for name, item in rows]
+        vectors = np.stack([item.vector for _, item in rows if item.vector is not None])
+        self.store.add(stored, vectors, replace=replaced)
+        enrolment.identities += len(complete)
+        enrolment.pictures += len(rows)
+
+    def _double(self, name: str, vector: Embeddings) -> Candidate | None:
+        found = self._identification(vector, 2, "max", self.verifier.threshold, 0.0).candidates
+        others = [candidate for candidate in found if candidate.name != name]
+        return others[0] if others and others[0].score >= self.verifier.threshold else None
+
+    def remove(self, *names: str) -> int:
+        """Remove identities, all of them or none; returns the number of their pictures.
+
+        Raises:
+            InputDataError: one of them is not enrolled.
+        """
+        return self.store.remove(names)
+
+    def identify(
+        self,
+        picture: Picture,
+        *,
+        top: int = 5,
+        per_identity: str = "max",
+        threshold: float | None = None,
+        min_margin: float = 0.0,
+    ) -> Identification:
+        """Who of the gallery is on the picture: one backbone run, and the head over all rows.
+
+        Args:
+            top: number of candidates.
+            per_identity: "max" or "mean" over the scores of an identity's pictures.
+            threshold: in [0, 1]; default: the bundle's.
+            min_margin: the best must be ahead of the second by more than this, else the answer is "ambiguous".
+
+        Raises:
+            ImageError: the picture cannot be used.
+            UsageError: an argument is out of range.
+            IntegrityError: the network gives no finite embedding or score.
+        """
+        vector = self._embed(picture)
+        return self._identification(vector, top, per_identity, threshold, min_margin)
+
+    def verify(self, picture: Picture, name: str) -> Candidate:
+        """The largest score of the picture with the pictures of one identity.
+
+        Raises:
+            InputDataError: the identity is not enrolled, or all its rows are damaged.
+            ImageError, IntegrityError: as `identify`.
+        """
+        _, scores = self._score_rows(self._embed(picture), only=name)
+        scores = scores[np.isfinite(scores)]
+        if len(scores) == 0:
+            raise InputDataError(f"{name}: no such identity in {self.store.folder}, or its rows are damaged")
+        return Candidate(name, float(scores.max()), len(scores))
+
+    def _embed(self, picture: Picture) -> Embeddings:
+        for batch in embed_pictures(self.verifier, (picture,), cache=self.verifier.cache):
+            for item in batch:
+                if item.vector is not None:
+                    return item.vector
+                raise ImageError(item.name, item.reason)
+        raise AssertionError("one picture in, one out")
+
+    def _identification(
+        self, vector: Embeddings, top: int, per_identity: str, threshold: float | None, min_margin: float
+    ) -> Identification:
+        threshold = self.verifier.threshold if threshold is None else threshold
+        if not (top >= 1 and per_identity in ("max", "mean") and 0 <= threshold <= 1 and 0 <= min_margin <= 1):
+            raise UsageError(
+                "identify: expected top of at least 1, per_identity max or mean, threshold and min_margin from 0 to 1; "
+                f"got {top}, {per_identity}, {threshold}, {min_margin}"
+            )
+        rows, scores = self._score_rows(vector)
+        sound = np.isfinite(scores)
+        damaged = rows.damaged + int((~sound).sum())
+        best = _best_identities(rows, scores, sound, per_identity, max(top, 2))
+        margin = best[0].score - best[1].score if len(best) > 1 else None
+        if not (best and best[0].score >= threshold):
+            decision = "no match"
+        elif margin is not None and not margin > min_margin:
+            decision = "ambiguous"
+        else:
+            decision = "match"
+        return Identification(tuple(best[:top]), threshold, margin, decision, damaged)
+
+    def _score_rows(self, query: Embeddings, only: str | None = None) -> tuple[Rows, Scores]:
+        """Rows, and (n_rows,) float32 scores with NaN for rows whose vector is not the one enrolled."""
+        with self.store.snapshot(self._rows) as snapshot:
+            rows = self._rows = snapshot.rows
+            scores = np.full(len(rows.slots), np.nan, np.float32)
+            wanted = None
+            if only is not None:
+                wanted = rows.identities == (rows.names.index(only) if only in rows.names else -1)
+            for row, vectors in snapshot.sound_vectors(wanted):
+                scores[row] = self.verifier.score(query[None], vectors)
+        return rows, scores
+
+
+def reembed(folder: str | os.PathLike[str], verifier: OnnxVerifier, *, show_progress: bool = False) -> int:
+    """Bind a gallery to another bundle: embed all pictures again from where they were enrolled. Returns their number.
+
+    Nothing changes before all of them are embedded; then everything does in one moment. All embeddings are held in
+    memory meanwhile.
+
+    Raises:
+        InputDataError: a source picture is gone or was changed.
+        IntegrityError: a row is damaged.
+        BusyError: the gallery was changed meanwhile.
+    """
+    store = GalleryStore(Path(folder))
+    pictures = store.pictures()
+    damaged = [picture for picture in pictures if picture.damaged]
+    if damaged:
+        raise IntegrityError(f"{folder}: {len(damaged)} rows are damaged (first: {damaged[0].name}); remove them first")
+    vectors, missing = [], []
+    sources: list[Picture] = [picture.source for picture in pictures]
+    with (
+        interrupts_held() as let_interrupts_through,
+        tqdm(total=len(pictures), desc="embedding", unit="image", disable=not show_progress) as progress,
+    ):
+        stored = iter(pictures)
+        for batch in embed_pictures(verifier, sources, cache=verifier.cache):
+            for item, picture in zip(batch, stored, strict=False):
+                if item.vector is None or item.sha256 != picture.sha256:
+                    missing.append(f"{picture.source or 'a picture that was no file'} ({picture.name})")
+                else:
+                    vectors.append(item.vector)
+            progress.update(len(batch))
+            let_interrupts_through()
+    if missing:
+        raise InputDataError(
+            f"{folder}: {len(missing)} of {len(pictures)} source pictures are gone or changed (first: {missing[0]}); "
+            "nothing was changed; put them back, or remove these identities"
+        )
+    dim = verifier.embedding_dim
+    store.replace_model(
+        verifier.model_digest, pictures, np.stack(vectors) if vectors else np.empty((0, dim), np.float32)
+    )
+    return len(pictures)
+
+
+def export_gallery(folder: str | os.PathLike[str], target: Path) -> int:
+    """Write gallery.csv (row, name, source, sha256, enrolled_utc) and embeddings.npy, (n, dim) float32 in that order.
+
+    Rows that are damaged are left out. Returns the number of rows written.
+
+    Raises:
+        UsageError: `target` exists.
+    """
+    store = GalleryStore(Path(folder))
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("row", "name", "source", "sha256", "enrolled_utc"))
+    with folder_published_as(target) as temporary, store.snapshot() as snapshot:
+        slots = snapshot.rows.slots
+        record = {picture.slot: picture for picture in snapshot.pictures()}
+        shape = (sum(len(row) for row, _ in snapshot.sound_vectors()), snapshot.vectors.dim)
+        with open(temporary / "embeddings.npy", "wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            n_rows = 0
+            for row, vectors in snapshot.sound_vectors():
+                file.write(vectors.astype("<f4").tobytes())
+                for slot in slots[row].tolist():
+                    picture = record[slot]
+                    values = (picture.name, picture.source, picture.sha256.hex(), picture.enrolled_utc)
+                    writer.writerow((n_rows, *values))
+                    n_rows += 1
+        (temporary / "gallery.csv").write_bytes(table.getvalue().encode("utf-8", "surrogateescape"))
+    return n_rows
+
+
+def check_name(name: str) -> str:
+    """The name itself.
+
+    Raises:
+        UsageError: not 1 to 128 printable characters, or blank at an end.
+    """
+    if not (1 <= len(name) <= MAX_NAME and name.isprintable() and name == name.strip()):
+        raise UsageError(
+            f"name {name[:40]!r}: expected 1 to {MAX_NAME} printable characters without blanks at the ends"
+        )
+    return name
+
+
+def twins(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Names that differ only in case or Unicode form, which a person may take for one."""
+    seen: dict[str, str] = {}
+    found = []
+    for name in names:
+        folded = unicodedata.normalize("NFKC", name).casefold()
+        if folded in seen:
+            found.append((seen[folded], name))
+        seen.setdefault(folded, name)
+    return found
+
+
+def _new_pictures(
+    name: str,
+    items: list[EmbeddedPicture],
+    owner_of: dict[bytes, str],
+    enrolment: Enrolment,
+    *,
+    known: bool,
+    add: bool,
+    replace: bool,
+) -> list[EmbeddedPicture]:
+    """Those to enrol; notes in `enrolment` what was skipped or refused, and in `owner_of` who has them now."""
+    new: dict[bytes, EmbeddedPicture] = {}
+    for item in items:
+        if item.vector is None:
+            enrolment.skipped.append(SkippedFile(item.name, item.reason))
+            continue
+        if not item.sha256:
+            rgb = decode_image(item.picture)
+            item.sha256 = hashlib.sha256(b"RGB %d %d " % rgb.size + rgb.tobytes()).digest()
+        owner = owner_of.get(item.sha256)
+        if owner is not None and owner != name:
+            enrolment.refused.append(SkippedFile(name, f"{item.name} is enrolled as {owner} already"))
+            return []
+        if owner is None or replace:
+            new.setdefault(item.sha256, item)
+    if new and known and not (add or replace):
+        reason = f"is enrolled already; --add adds the {len(new)} new pictures, --replace takes them instead"
+        enrolment.refused.append(SkippedFile(name, reason))
+        return []
+    owner_of.update(dict.fromkeys(new, name))
+    return list(new.values())
+
+
+def _source(item: EmbeddedPicture) -> str:
+    return os.path.abspath(item.picture) if isinstance(item.picture, str | os.PathLike) else ""
+
+
+def _best_identities(
+    rows: Rows, scores: Scores, sound: npt.NDArray[np.bool_], per_identity: str, number: int
+) -> list[Candidate]:
+    """The `number` best of the identities that have a sound row."""
+    identities, scores = rows.identities[sound], scores[sound]
+    counts = np.bincount(identities, minlength=len(rows.names))
+    values = np.full(len(rows.names), -np.inf)
+    if per_identity == "max":
+        np.maximum.at(values, identities, scores)
+    else:
+        np.divide(np.bincount(identities, scores, len(rows.names)), counts, out=values, where=counts > 0)
+    best = np.argsort(-values, kind="stable")[:number]  # stable: equal scores in the order of the names
+    return [Candidate(rows.names[k], float(values[k]), int(counts[k])) for k in best if counts[k]]

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CLASSES, DRAWINGS, RunCommand, assert_refused
+from PIL import Image
+
+from siamese_deploy.cli import main as siamese
+from siamese_deploy.gallery_store import GalleryStore
+
+KILLS = int(os.environ.get("SIAMESE_KILLS", "300"))
+
+
+@pytest.fixture
+def gallery(tmp_path: Path, run: RunCommand, pictures: Path, tiny_bundle: Path) -> Path:
+    path = tmp_path / "gallery"
+    result = run(siamese, "gallery", "enrol", path, pictures, "-c", tiny_bundle, "--no_doubles")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[1] == f"enrolled: {len(CLASSES) * DRAWINGS} pictures of {len(CLASSES)} identities"
+    return path
+
+
+def test_the_whole_life_of_a_gallery(
+    run: RunCommand, gallery: Path, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = ("-c", tiny_bundle)
+    listed = run(siamese, "gallery", "list", gallery)
+    assert listed.stdout.splitlines()[:4] == [f"{DRAWINGS:6}  {name}" for name in CLASSES]
+    rows = json.loads(run(siamese, "gallery", "list", gallery, "--json").stdout)["pictures"]
+    assert {(row["name"], row["damaged"]) for row in rows} == {(name, False) for name in CLASSES}
+
+    probe = tmp_path / "probe.png"
+    Image.open(pictures / "cog/1.png").rotate(3).save(probe)
+    found = run(siamese, "gallery", "identify", gallery, probe, *bundle, "--threshold", 0, "--json")
+    answer = json.loads(found.stdout)
+    assert found.exit_code == 0
+    assert answer["decision"] == "match"
+    assert answer["name"] == answer["candidates"][0]["name"]
+    assert len(answer["candidates"]) == len(CLASSES)
+    text = run(siamese, "gallery", "identify", gallery, probe, *bundle, "--threshold", 1, "--top", 2)
+    assert text.exit_code == 10
+    assert text.stdout.splitlines()[-1].startswith("no match: threshold 1.0000, margin ")
+    assert len(text.stdout.splitlines()) == 3
+    near = run(siamese, "gallery", "identify", gallery, probe, *bundle, "--threshold", 0, "--margin", 1)
+    assert (near.exit_code, near.stdout.splitlines()[-1][:9]) == (10, "ambiguous")
+
+    assert run(siamese, "gallery", "export", gallery, tmp_path / "out").exit_code == 0
+    with open(tmp_path / "out/gallery.csv", newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == [row["name"] for row in rows]
+    assert np.load(tmp_path / "out/embeddings.npy", allow_pickle=False).shape == (len(rows), 16)
+
+    assert (
+        run(siamese, "gallery", "remove", gallery, "bolt").stdout == f"removed: {DRAWINGS} pictures of 1 identities\n"
+    )
+    assert_refused(run(siamese, "gallery", "remove", gallery, "apple", "bolt"), 3, "bolt: no such identity", "nothing")
+    again = run(siamese, "gallery", "reembed", gallery, *bundle)
+    assert again.stdout.splitlines()[1].startswith(f"embedded again: {3 * DRAWINGS} pictures")
+
+
+def test_one_identity_by_name(
+    run: RunCommand, gallery: Path, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "x.png"
+    Image.new("RGB", (40, 40), (200, 30, 30)).save(picture)
+    enrol = ("gallery", "enrol", gallery, picture, "-c", tiny_bundle)
+    assert run(siamese, *enrol, "--name", "Apple", "--no_doubles").stderr == (
+        "warning: 'Apple' and 'apple' differ only in case or Unicode form\n"
+    )
+    assert_refused(run(siamese, *enrol, "--name", "bolt", "--no-doubles"), 3, "is enrolled as Apple already")
+    assert_refused(run(siamese, *enrol, "--name", "a\tb"), 2, "printable characters")
+    assert_refused(run(siamese, *enrol, picture), 2, "need --name")
+    assert_refused(run(siamese, *enrol, "--name", "x", "--add", "--replace"), 2, "expected one of them")
+    assert_refused(run(siamese, *enrol, "--name", "x", "--cache", tmp_path, "--no_cache"), 2, "expected one of them")
+    missing = ("gallery", "enrol", gallery, tmp_path / "none.png", "-c", tiny_bundle, "--name", "none")
+    assert_refused(run(siamese, *missing), 3, "none.png: cannot be opened")
+    assert_refused(
+        run(siamese, "gallery", "identify", gallery, tmp_path / "none.png", "-c", tiny_bundle), 3, "none.png"
+    )
+
+
+def test_nothing_there(run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    for command in (["list"], ["remove", "x"], ["export", str(tmp_path / "out")]):
+        result = run(siamese, "gallery", command[0], tmp_path / "gallery", *command[1:])
+        assert_refused(result, 3, "is no gallery")
+    probe = pictures / "apple/0.png"
+    assert_refused(run(siamese, "gallery", "identify", tmp_path / "gallery", probe, "-c", tiny_bundle), 3, "no gallery")
+    assert not (tmp_path / "gallery").exists()
+    GalleryStore.create(tmp_path / "gallery", _digest(tiny_bundle), 16)
+    empty = run(siamese, "gallery", "identify", tmp_path / "gallery", probe, "-c", tiny_bundle, "--threshold", 0)
+    assert (empty.exit_code, empty.stdout) == (10, "no match (the gallery is empty): threshold 0.0000\n")
+
+
+def test_damage_is_told(run: RunCommand, gallery: Path, pictures: Path, tiny_bundle: Path) -> None:
+    (file,) = gallery.glob("vectors-*.f32")
+    data = bytearray(file.read_bytes())
+    data[3] ^= 0x40
+    file.write_bytes(bytes(data))
+    found = run(siamese, "gallery", "identify", gallery, pictures / "apple/0.png", "-c", tiny_bundle, "--threshold", 0)
+    assert found.exit_code in (0, 10)
+    assert "warning: 1 rows of" in found.stderr
+    listed = run(siamese, "gallery", "list", gallery)
+    assert "warning: 1 rows are damaged and are never matched (first: apple)" in listed.stderr
+
+
+def _digest(bundle: Path) -> str:
+    return str(json.loads((bundle / "manifest.json").read_text())["bundle_digest"])
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+import numpy as np
+from siamese_deploy.gallery_store import GalleryStore, StoredPicture
+store, first = GalleryStore.create(Path(sys.argv[1]), "digest", 32), int(sys.argv[2])
+print("ready", flush=True)
+for k in range(first, first + 100_000):
+    rows = [StoredPicture(f"id{k}", f"{k} {n}".encode().ljust(32), "") for n in range(3)]
+    store.add(rows, np.full((3, 32), k, np.float32))
+    print("enrolled", k, flush=True)
+    if k % 5 == 4 and k > first:
+        store.remove([f"id{k - 1}"])
+        print("removed", k - 1, flush=True)
+"""
+
+
+def _kill_writers(folder: Path, kills: int) -> None:
+    """Enrol until killed, again and again: what was acknowledged is there, and nothing is half there."""
+    acknowledged: dict[int, bool] = {}  # whether it has to be there
+    maybe: set[int] = set()  # under way when the kill came
+    chance = random.Random(0)  # noqa: S311 - when to kill
+    first = 0
+    for _ in range(kills):
+        child = subprocess.Popen(
+            [sys.executable, "-c", _WRITER, str(folder), str(first)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(chance.random() * 0.06)
+        child.send_signal(signal.SIGKILL)
+        stdout, stderr = child.communicate()
+        assert stderr == ""
+        last = first - 1
+        for line in stdout.splitlines(keepends=True):
+            if not line.endswith("\n"):
+                continue
+            what, k = line.split()
+            acknowledged[int(k)] = what == "enrolled"
+            last = max(last, int(k))
+        maybe |= {last + 1} | ({last - 1} if last % 5 == 4 and acknowledged.get(last - 1) else set())
+        first = last + 2
+    found: dict[int, int] = {}
+    store = GalleryStore(folder)
+    with store.snapshot() as snapshot:
+        assert snapshot.rows.damaged == 0
+        for row, vectors in snapshot.sound_vectors():
+            for index, vector in zip(row, vectors, strict=True):
+                k = int(snapshot.rows.names[snapshot.rows.identities[index]].removeprefix("id"))
+                assert (vector == k).all()
+                found[k] = found.get(k, 0) + 1
+        assert sum(found.values()) == len(snapshot.rows.slots)  # no row without its vector
+    assert set(found.values()) <= {3}
+    for k, there in acknowledged.items():
+        assert (k in found) == there or k in maybe, k
+    assert set(found) <= set(acknowledged) | maybe
+    assert len(acknowledged) > kills / 2, "killed before anything was enrolled"
+
+
+def test_a_killed_enrolment_leaves_what_it_acknowledged(tmp_path: Path) -> None:
+    _kill_writers(tmp_path / "gallery", 5)
+
+
+@pytest.mark.slow
+def test_many_killed_enrolments(tmp_path: Path) -> None:
+    _kill_writers(tmp_path / "gallery", KILLS)

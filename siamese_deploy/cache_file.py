@@ -52,15 +52,11 @@ class Row(NamedTuple):
     key: bytes
     checksum: bytes
     vector: bytes
-    is_stale: int
-    """1 if it has not been used since the last write."""
 
     def is_sound(self, n_bytes: int) -> bool:
         """Whether it is as it was written: a vector of `n_bytes` bytes that belongs to this key."""
-        columns = (self.key, self.checksum, self.vector)
-        if not all(
-            isinstance(column, bytes) for column in columns
-        ):  # SQLite's types are the record's, not the column's
+        # SQLite keeps a type with every value: damage, or a hand, may have made it a number.
+        if not all(isinstance(value, bytes) for value in (self.key, self.checksum, self.vector)):
             return False
         return len(self.vector) == n_bytes and _checksum(self.key, self.vector) == self.checksum
 
@@ -104,9 +100,7 @@ def select(connection: sqlite3.Connection, keys: Sequence[bytes]) -> list[Row]:
     rows: list[Row] = []
     for start in range(0, len(keys), _KEYS_IN_SELECT):
         chunk = keys[start : start + _KEYS_IN_SELECT]
-        statement = f"""
-            SELECT id, key, checksum, vector, used < (SELECT tick FROM clock) FROM embeddings JOIN usage USING (id)
-            WHERE key IN ({",".join("?" * len(chunk))})"""  # noqa: S608
+        statement = f"SELECT id, key, checksum, vector FROM embeddings WHERE key IN ({','.join('?' * len(chunk))})"  # noqa: S608
         rows += map(Row._make, connection.execute(statement, chunk))
     return rows
 
@@ -137,7 +131,7 @@ def insert(connection: sqlite3.Connection, rows: Sequence[tuple[bytes, bytes]]) 
         [(key,) for key, _ in rows],
     )
     # Order of use is counted in writes and not in seconds: a wall clock jumps. Hits between two writes are equally
-    # recent, so that a run of nothing but hits writes once a record at most.
+    # recent, so that a second run of nothing but hits changes, and writes, nothing.
     connection.execute("UPDATE clock SET tick = tick + 1")
 
 
@@ -229,10 +223,7 @@ def _regular_file(path: Path) -> os.stat_result:
 def _make_file(path: Path) -> None:
     if os.path.lexists(path):
         return
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:  # another process was quicker
-        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     os.fchmod(descriptor, 0o600)  # whatever the user's mask; SQLite gives its journal the same
     os.close(descriptor)
 

@@ -134,7 +134,7 @@ class EmbeddingCache:
                 found = {row.key: vector for row, vector in zip(sound, vectors, strict=True)}
                 damaged = {row.id for row in rows} - {row.id for row in sound}
                 self.damaged += len(damaged)
-                note_use(connection, [row.id for row in sound if row.is_stale], damaged)
+                note_use(connection, [row.id for row in sound], damaged)
         hits = sum(key in found for key in keys)
         self.hits += hits
         self.misses += len(keys) - hits

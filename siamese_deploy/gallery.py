@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from siamese_deploy.durable_files import folder_published_as
 from siamese_deploy.embedding import EmbeddedPicture, embed_pictures
 from siamese_deploy.errors import ImageError, InputDataError, IntegrityError, UsageError
-from siamese_deploy.gallery_store import GalleryStore, Rows, StoredPicture
+from siamese_deploy.gallery_store import GalleryStore, Rows, Snapshot, StoredPicture
 from siamese_deploy.image_folder import ImageFolder, SkippedFile
 from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.preprocess import Picture, decode_image
@@ -78,6 +79,7 @@ class Gallery:
         folder: the gallery; it is made for the owner alone (0700).
         verifier: the bundle; pictures seen before are taken from `verifier.cache`, if it has one.
         create: make the gallery if it is not there.
+        device_bytes: on a GPU, how much of the gallery stays there between questions; the rest is sent each time.
 
     Raises:
         InputDataError: no such gallery, and `create` is False.
@@ -85,7 +87,14 @@ class Gallery:
         BusyError, EnvironmentFault, UsageError: as `GalleryStore` and `private_folder`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], verifier: OnnxVerifier, *, create: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        verifier: OnnxVerifier,
+        *,
+        create: bool = False,
+        device_bytes: int = 2**30,
+    ) -> None:
         path = Path(folder)
         if create:
             self.store = GalleryStore.create(path, verifier.model_digest, verifier.embedding_dim)
@@ -99,6 +108,8 @@ class Gallery:
             )
         self.verifier = verifier
         self._rows: Rows | None = None
+        self._device_bytes = 0 if verifier.provider == "cpu" else device_bytes
+        self._on_device: _OnDevice | None = None
 
     def enrol(
         self, name: str, pictures: Sequence[Picture], *, add: bool = False, replace: bool = False, doubles: bool = True
@@ -297,9 +308,32 @@ class Gallery:
             wanted = None
             if only is not None:
                 wanted = rows.identities == (rows.names.index(only) if only in rows.names else -1)
+            if only is None and self._device_bytes:
+                on_device = self._placed(snapshot)
+                for row, placed in on_device.chunks:
+                    scores[row] = self.verifier.score_placed(query[None], placed)
+                wanted = np.arange(len(scores)) >= on_device.n_rows
             for row, vectors in snapshot.sound_vectors(wanted):
                 scores[row] = self.verifier.score(query[None], vectors)
         return rows, scores
+
+    def _placed(self, snapshot: Snapshot) -> _OnDevice:
+        """The first rows, as many as fit into `device_bytes`, on the device."""
+        if self._on_device is None or self._on_device.change != snapshot.rows.change:
+            self._on_device = None  # its memory first
+            fitting = self._device_bytes // (4 * self.verifier.embedding_dim)
+            wanted = np.arange(len(snapshot.rows.slots)) < fitting
+            chunks = [(row, self.verifier.place(vectors)) for row, vectors in snapshot.sound_vectors(wanted)]
+            self._on_device = _OnDevice(snapshot.rows.change, fitting, chunks)
+        return self._on_device
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    change: int
+    n_rows: int
+    """The first rows; those of them that are not in `chunks` are damaged."""
+    chunks: list[tuple[npt.NDArray[np.int64], Any]]
 
 
 def reembed(folder: str | os.PathLike[str], verifier: OnnxVerifier, *, show_progress: bool = False) -> int:

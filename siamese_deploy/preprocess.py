@@ -84,6 +84,8 @@ def decode_image(picture: Picture) -> Image.Image:
 
 def decode_bytes(data: bytes, name: str = "<bytes>") -> Image.Image:
     """`decode_image` of the bytes of a picture file; `name` is what errors call it."""
+    if not data:
+        raise ImageError(name, "empty")
 
     def decode() -> Image.Image:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:

@@ -13,12 +13,13 @@ import ctypes
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from siamese_deploy.errors import BundleError, ProviderError, UsageError, needs_extra
+from siamese_deploy.gpu import load_tensorrt_of_pip
 
 ORT_NAMES = {
     "cpu": "CPUExecutionProvider",
@@ -53,6 +54,9 @@ def import_onnxruntime() -> ModuleType:
     Raises:
         MissingExtraError: it is not installed.
     """
+    # From 1.29 on it tells Microsoft of every session, and keeps a device id in the user's cache folder, unless this is
+    # set before it is imported.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     with needs_extra("cpu"):
         import onnxruntime
     module: ModuleType = onnxruntime
@@ -68,6 +72,14 @@ def providers_to_try(asked: str) -> tuple[str, ...]:
     if asked not in CHOICES:
         raise UsageError(f"provider {asked!r}: expected one of {', '.join(CHOICES)}")
     return ("cuda", "cpu") if asked == "auto" else (asked,)
+
+
+def require_compiled_in(provider: str) -> None:
+    """Raises:
+    ProviderError: the installed ONNX Runtime was built without it.
+    """
+    if ORT_NAMES[provider] not in import_onnxruntime().get_available_providers():
+        raise ProviderError(_refusal(provider))
 
 
 def open_session(
@@ -94,8 +106,7 @@ def open_session(
         BundleError: ONNX Runtime refuses the graph.
     """
     ort = import_onnxruntime()
-    if ORT_NAMES[provider] not in ort.get_available_providers():
-        raise ProviderError(_refusal(provider))
+    require_compiled_in(provider)
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 3
     # Explicit, because ONNX Runtime otherwise pins threads to cores that may be offline (Jetson power modes).
@@ -113,6 +124,7 @@ def open_session(
         asked.append((ORT_NAMES["cuda"], _OPTIONS["cuda"] | limit))
     elif provider == "cuda":
         asked[0][1].update(limit)
+    _load_libraries_of_pip(ort, provider)
     with _quiet(ort):
         try:
             session = ort.InferenceSession(graph, session_options, providers=asked, enable_fallback=0)
@@ -124,6 +136,16 @@ def open_session(
     if session.get_providers()[0] != ORT_NAMES[provider]:
         raise ProviderError(_refusal(provider))
     return session
+
+
+def _load_libraries_of_pip(ort: ModuleType, provider: str) -> None:
+    """CUDA, cuDNN and TensorRT of pip lie where the loader does not look, unless they are loaded already."""
+    preload_dlls = getattr(ort, "preload_dlls", None)  # from 1.21 on
+    if provider != "cpu" and preload_dlls is not None:
+        with _quiet(ort):
+            preload_dlls()
+    if provider == "tensorrt":
+        load_tensorrt_of_pip()
 
 
 def nodes_by_provider(session: Any) -> dict[str, int]:
@@ -151,14 +173,14 @@ def nodes_by_provider(session: Any) -> dict[str, int]:
     return dict(counts)
 
 
-def run_session(session: Any, output: str, inputs: dict[str, Any], provider: str) -> Any:
-    """One output of session.run; what fails there is the machine's fault: the graph and its inputs were checked.
+def run_session(run: Callable[..., list[Any]], output: str, inputs: dict[str, Any], provider: str) -> Any:
+    """One output of a session's `run`; what fails there is the machine's fault: the graph and its inputs were checked.
 
     Raises:
         ProviderError: out of memory, or a build of ONNX Runtime without code for this GPU.
     """
     try:
-        return session.run([output], inputs)[0]
+        return run([output], inputs)[0]
     except Exception as error:
         version = import_onnxruntime().__version__
         raise ProviderError(
@@ -192,10 +214,7 @@ def _why_unavailable(provider: str) -> tuple[str, str] | None:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "libcuda.so.1 is missing: no NVIDIA driver on this machine", "install the driver, or use --provider cpu"
-    with _quiet(ort):
-        preload_dlls = getattr(ort, "preload_dlls", None)  # from 1.21 on: finds CUDA and cuDNN in pip packages
-        if preload_dlls is not None:
-            preload_dlls()
+    _load_libraries_of_pip(ort, provider)
     capi = Path(str(ort.__file__)).parent / "capi"
     try:
         ctypes.CDLL(str(capi / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)

@@ -6,6 +6,8 @@ import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from siamese_deploy.bundle import (
 )
 from siamese_deploy.embedding import embed_pictures
 from siamese_deploy.embedding_cache import EmbeddingCache
+from siamese_deploy.engine_cache import default_engine_root, engine_folder, prune_engines
 from siamese_deploy.errors import BundleError, ImageError, IntegrityError, ProviderError, UsageError
 from siamese_deploy.preprocess import Picture, Preprocess
 from siamese_deploy.providers import (
@@ -31,9 +34,11 @@ from siamese_deploy.providers import (
     nodes_by_provider,
     open_session,
     providers_to_try,
+    require_compiled_in,
     run_session,
     usable_cores,
 )
+from siamese_deploy.tensorrt import HEAD_BATCH, EngineKey, engine_key, tensorrt_environment, tensorrt_options
 from siamese_deploy.verifier import Embeddings, Images, Scores
 
 # The golden check tells a wrong, damaged or overflowing network from rounding; export measures rounding itself. In 8
@@ -57,6 +62,7 @@ class OnnxVerifier:
         max_batch: pictures in one run of the backbone; default: the bundle's largest batch.
         gpu_memory_mb: most that each of the two sessions may take on the GPU, in MiB, CUDA's own workspaces on top.
         cache: embeddings of pictures seen before, for `compare`.
+        say: told in one line what takes long or is not as it should be while TensorRT's engines are opened or built.
 
     Raises:
         InputDataError: no such bundle.
@@ -79,9 +85,11 @@ class OnnxVerifier:
         max_batch: int | None = None,
         gpu_memory_mb: int | None = None,
         cache: EmbeddingCache | None = None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
         self.cache = cache
+        self._say = say
         self.max_batch = self.bundle.manifest.batch[2] if max_batch is None else max_batch
         if not 1 <= self.max_batch <= self.bundle.manifest.batch[2]:
             raise UsageError(
@@ -108,16 +116,16 @@ class OnnxVerifier:
 
     def _open(self, threads: int, throughput: bool) -> None:
         self._runs_at_once = threads if throughput and self.provider == "cpu" else 1
-        with tempfile.TemporaryDirectory() as profiles:
+        self._max_pairs = HEAD_BATCH[2] if self.provider == "tensorrt" else 0
+        threads = threads if self._runs_at_once == 1 else 1
+        require_compiled_in(self.provider)
+        if self.provider == "tensorrt" and tensorrt_environment():
+            names = ", ".join(tensorrt_environment())
+            raise ProviderError(f"provider tensorrt: {names} change its options behind a bundle's back; unset them")
+        with ExitStack() as held:
+            # Always in this order, so that two processes which build the engines do not wait for each other.
             self._backbone, self._head = (
-                open_session(
-                    graph,
-                    name,
-                    self.provider,
-                    threads if self._runs_at_once == 1 else 1,
-                    gpu_memory_bytes=self._gpu_memory_bytes,
-                    profile_into="" if self.provider == "cpu" else profiles,
-                )
+                self._open_graph(name, graph, threads, held)
                 for name, graph in ((BACKBONE, self.bundle.backbone), (HEAD, self.bundle.head))
             )
             self._check_signatures()
@@ -127,6 +135,55 @@ class OnnxVerifier:
                 HEAD: nodes_by_provider(self._head),
             }
             """Number of nodes on each provider, by graph; empty where ONNX Runtime cannot tell (old, on the CPU)."""
+        root = default_engine_root()
+        if self.provider == "tensorrt" and root is not None:
+            prune_engines(
+                root, [self._engine(BACKBONE, self.bundle.backbone)[0], self._engine(HEAD, self.bundle.head)[0]]
+            )
+
+    def _open_graph(self, name: str, graph: bytes, threads: int, held: ExitStack) -> Any:
+        """Its session; on TensorRT with its engine's folder, which stays locked until `held` ends."""
+        profiles = "" if self.provider == "cpu" else held.enter_context(tempfile.TemporaryDirectory())
+        open_it = partial(
+            open_session,
+            graph,
+            name,
+            self.provider,
+            threads,
+            gpu_memory_bytes=self._gpu_memory_bytes,
+            profile_into=profiles,
+        )
+        if self.provider != "tensorrt":
+            return open_it()
+        key, shapes = self._engine(name, graph)
+        folder = held.enter_context(engine_folder(default_engine_root(), key, say=self._say))
+        try:
+            return open_it(options=tensorrt_options(key, folder.path, shapes))
+        except ProviderError as error:
+            if not folder.ready:
+                raise
+            self._say(f"{name}: the stored engine is not used ({error}); building it anew")
+            folder.discard()
+            return open_it(options=tensorrt_options(key, folder.path, shapes))
+
+    def _engine(self, name: str, graph: bytes) -> tuple[EngineKey, dict[str, tuple[int | str, ...]]]:
+        """What its engine depends on, and the shapes of its inputs."""
+        shapes: dict[str, tuple[int | str, ...]]
+        if name == BACKBONE:
+            shapes = {IMAGES: ("N", *self.preprocess.size_hw, 3)}
+            # From one picture on, whatever the manifest says: the golden check and the end of a folder are small.
+            batch = (1, min(self.bundle.manifest.batch[1], self.max_batch), self.max_batch)
+        else:
+            shapes = {LEFT: ("P", self.embedding_dim), RIGHT: ("P", self.embedding_dim)}
+            batch = HEAD_BATCH
+        key = engine_key(
+            name.removesuffix(".onnx"),
+            graph,
+            precision=self.bundle.manifest.precision,
+            batch=batch,
+            onnxruntime=self.runtime_version,
+        )
+        return key, shapes
 
     @property
     def preprocess(self) -> Preprocess:
@@ -161,7 +218,7 @@ class OnnxVerifier:
 
         def run(part: slice) -> Embeddings:
             inputs = {IMAGES: np.ascontiguousarray(images[part])}
-            embeddings: Embeddings = run_session(self._backbone, EMBEDDINGS, inputs, self.provider)
+            embeddings: Embeddings = run_session(self._backbone.run, EMBEDDINGS, inputs, self.provider)
             return embeddings
 
         if len(images) == 0:
@@ -186,17 +243,38 @@ class OnnxVerifier:
 
         n_pairs = max(len(left), len(right)) if len(left) and len(right) else 0
         scores = self._run_head(left, right, n_pairs) if n_pairs else np.empty(0, np.float32)
-        if not ((scores >= 0) & (scores <= 1)).all():
-            raise IntegrityError("the network gives scores that are NaN or outside [0, 1]; the model is damaged")
-        return scores
+        return _checked(scores)
 
     def _run_head(self, left: Embeddings, right: Embeddings, n_pairs: int) -> Scores:
         def run(part: slice) -> Scores:
             inputs = {LEFT: left if len(left) == 1 else left[part], RIGHT: right if len(right) == 1 else right[part]}
-            scores: Scores = run_session(self._head, SCORES, inputs, self.provider)
+            scores: Scores = run_session(self._head.run, SCORES, inputs, self.provider)
             return scores[:, 0]
 
-        return np.concatenate(self._in_parts(run, n_pairs, n_pairs))
+        return np.concatenate(self._in_parts(run, n_pairs, self._max_pairs or n_pairs))
+
+    def place(self, embeddings: Embeddings) -> Any:
+        """(P, dim) float32 -> an onnxruntime.OrtValue where the head runs, to be scored repeatedly without a copy."""
+        device = "cpu" if self.provider == "cpu" else "cuda"
+        return import_onnxruntime().OrtValue.ortvalue_from_numpy(embeddings, device, 0)
+
+    def score_placed(self, query: Embeddings, placed: Any) -> Scores:
+        """(1, dim) float32 and what `place` gave -> (P,) float32 in [0, 1].
+
+        Raises:
+            IntegrityError: a score is NaN.
+            ProviderError: as of any run.
+        """
+
+        def run(outputs: list[str], inputs: dict[str, Any]) -> list[Any]:
+            binding = self._head.io_binding()
+            binding.bind_cpu_input(LEFT, inputs[LEFT])
+            binding.bind_ortvalue_input(RIGHT, inputs[RIGHT])
+            binding.bind_output(outputs[0], "cpu")
+            self._head.run_with_iobinding(binding)
+            return list(binding.copy_outputs_to_cpu())
+
+        return _checked(run_session(run, SCORES, {LEFT: query, RIGHT: placed}, self.provider)[:, 0])
 
     def _in_parts(self, run: Callable[[slice], Any], n_rows: int, largest: int) -> list[Any]:
         """`run` of consecutive slices of at most `largest` rows; several at once if the sessions were made for that."""
@@ -257,3 +335,9 @@ class OnnxVerifier:
                 f"{limit}), score {score:.6f} (expected {golden.score:.6f}); the bundle does not "
                 "answer here as it did at export"
             )
+
+
+def _checked(scores: Scores) -> Scores:
+    if not ((scores >= 0) & (scores <= 1)).all():  # NaN is neither
+        raise IntegrityError("the network gives scores that are NaN or outside [0, 1]; the model is damaged")
+    return scores

@@ -297,8 +297,8 @@ def _golden(reference: TorchVerifier) -> Golden:
 def _golden_of(files: list[bytes], preprocess: Preprocess, precision: str) -> Golden:
     """What graphs of a lower precision answer, by their own account: PyTorch's answer is too far away to check with."""
     backbone, head = (open_session(file, name, "cpu") for file, name in zip(files, (BACKBONE, HEAD), strict=True))
-    embedding = run_session(backbone, EMBEDDINGS, {IMAGES: golden_image(preprocess.size_hw)[None]}, "cpu")
-    score = float(run_session(head, SCORES, {LEFT: embedding, RIGHT: embedding}, "cpu")[0, 0])
+    embedding = run_session(backbone.run, EMBEDDINGS, {IMAGES: golden_image(preprocess.size_hw)[None]}, "cpu")
+    score = float(run_session(head.run, SCORES, {LEFT: embedding, RIGHT: embedding}, "cpu")[0, 0])
     if not (np.isfinite(embedding).all() and np.isfinite(score)):
         raise ParityError(
             f"in {precision} the network gives NaN or infinity; no bundle was written; choose a higher precision"

@@ -12,6 +12,10 @@ from siamese_deploy.cli.command import usage_errors_on_one_line
 _COMMANDS = {
     "verify": "compare two pictures: exit code 0 match, 10 no match",
     "eval": "evaluate a bundle on a folder of pictures",
+    "gallery": "enrol pictures under names; find out whose a picture is",
+    "prepare": "build TensorRT's engines ahead, and check that a bundle starts",
+    "doctor": "what is installed, which providers really start and why not",
+    "cache": "show, shrink or remove the embeddings kept on disk",
     "demo_data": "draw a small data set of made-up characters",
 }
 

@@ -158,7 +158,7 @@ def identify(
     as_json: bool,
     **how: Any,
 ) -> None:
-    """Whose is PICTURE? Exit code 0 means a match, 10 none: also of an empty gallery, and if two are equally like it."""
+    """Whose is PICTURE? Exit code 0 means a match, 10 none: also if the gallery is empty or two are as like it."""
     check_threshold(threshold)
     from siamese_deploy.gallery import Gallery
 

@@ -52,6 +52,7 @@ class RuntimeOptions:
             max_batch=self.max_batch,
             gpu_memory_mb=self.gpu_memory_mb,
             cache=cache,
+            say=lambda text: click.echo(one_line(text), err=True),
         )
 
 

@@ -24,7 +24,7 @@ from conftest import RunCommand, assert_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siamese_deploy import embedding_cache
+from siamese_deploy import cache_file, embedding_cache
 from siamese_deploy.cache_file import FILE_NAME
 from siamese_deploy.cli import main as siamese
 from siamese_deploy.embedding_cache import EmbeddingCache, embedding_key, open_cache
@@ -176,6 +176,9 @@ def test_a_damaged_record_is_a_miss_and_goes(tmp_path: Path, statement: str, val
     assert cache.damaged == 1
     put(cache, 3)
     assert get(cache, 3, 4) == {3, 4}
+    change(cache, statement, value, key_of(3))
+    put(cache, 3)  # replaced without having been looked at
+    assert get(cache, 3, 4) == {3, 4}
 
 
 def test_another_length_is_a_miss(tmp_path: Path) -> None:
@@ -265,6 +268,29 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     cache = EmbeddingCache(tmp_path / "cache")
     assert get(cache, *range(900)) == set(range(600))
     assert cache.stat().records == 600
+
+
+def test_two_processes_that_make_the_file_at_once(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).touch(mode=0o600)
+    reader, writer = os.pipe()
+
+    def make() -> None:
+        connection = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
+        connection.execute("BEGIN IMMEDIATE")
+        os.write(writer, b"!")
+        time.sleep(0.2)
+        for statement in cache_file._SCHEMA:
+            connection.execute(statement)
+        connection.execute("COMMIT")
+
+    child = in_fork(make)
+    os.read(reader, 1)
+    cache = EmbeddingCache(tmp_path)  # finds an empty file and waits for the lock
+    put(cache, 1)
+    assert get(cache, 1) == {1}
+    assert ended_well(child)
+    os.close(reader)
+    os.close(writer)
 
 
 def test_killed_at_any_moment_every_record_is_whole(tmp_path: Path) -> None:
@@ -363,6 +389,9 @@ def test_folders_that_cannot_be_believed(tmp_path: Path) -> None:
     put(cache, 1)
     assert get(cache, 1) == set()
     assert "hard link" in cache.warning
+    (tmp_path / "second").unlink()
+    put(cache, 1)  # this process has stopped
+    assert EmbeddingCache(tmp_path / "cache").stat().records == 0
 
 
 def foreign_files(folder: Path) -> dict[str, bytes]:
@@ -459,6 +488,17 @@ def test_overwritten_in_the_middle_it_stops_until_it_is_cleared(tmp_path: Path, 
     assert get(fresh, 1) == {1}
 
 
+def test_without_a_table_it_stops_until_it_is_cleared(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path)
+    put(cache, 1)
+    change(cache, "DROP TABLE usage")
+    assert get(cache, 1) == {1}  # found and sound, whatever becomes of the mark of use
+    put(cache, 2)
+    assert "no such table: usage" in cache.warning
+    assert "run: siamese cache clear" in cache.warning
+    assert get(cache, 1) == set()
+
+
 @pytest.mark.parametrize("room", [0, 9_000, 30_000, 45_000, 70_000, 90_000])
 def test_a_full_disk_costs_no_answer(tmp_path: Path, room: int) -> None:
     def fill() -> None:
@@ -531,7 +571,10 @@ def test_a_lock_costs_one_operation_and_not_the_rest(
     assert open_cache(tmp_path)[1] == ""
     holder.execute("ROLLBACK")
     holder.execute("BEGIN IMMEDIATE")  # a writer keeps nobody from reading
+    start = time.monotonic()
     assert get(cache, 1, 2) == {1}
+    assert time.monotonic() - start < 0.2
+    assert_refused(run(siamese, "cache", "clear", "--cache", tmp_path), 6, "locked")
     holder.close()
     put(cache, 2)
     assert get(cache, 1, 2) == {1, 2}
@@ -651,6 +694,20 @@ def test_clear_takes_our_files_and_no_others(tmp_path: Path, run: RunCommand, mo
         (folder / f"{FILE_NAME}-journal").write_bytes(b"\xa5" * 900)
         assert run(siamese, "cache", "clear", "--cache", folder).exit_code == exit_code
         assert os.listdir(folder) == (["mine.txt"] if exit_code == 0 else [FILE_NAME])
+
+
+def test_clear_knows_its_own_file_by_what_is_left_of_the_header(tmp_path: Path, run: RunCommand) -> None:
+    cache = EmbeddingCache(tmp_path)
+    put(cache, 1)
+    with open(cache.path, "r+b") as file:
+        file.seek(100)
+        file.write(b"\xa5" * 3000)
+    for suffix in ("-journal", "-wal", "-shm"):
+        (tmp_path / f"{FILE_NAME}{suffix}").write_bytes(b"\xa5" * 900)
+    with pytest.raises(IntegrityError, match="malformed"):
+        open_cache(tmp_path)
+    assert run(siamese, "cache", "clear", "--cache", tmp_path).exit_code == 0
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_group_alone_says_what_is_missing(run: RunCommand) -> None:

@@ -72,6 +72,58 @@ def test_twice_gives_the_same_bytes_and_seeds_differ(
     assert contents(tmp_path / "a")["pairs.csv"] != contents(tmp_path / "c")["pairs.csv"]
 
 
+def test_known_pictures_are_not_embedded_again(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    cache = ("--cache", tmp_path / "cache")
+    evaluate = ("-v", pictures, "-c", tiny_bundle, "-o")
+    fresh = run(siamese_eval, *evaluate, tmp_path / "fresh", "--no_cache")
+    first = run(siamese_eval, *evaluate, tmp_path / "first", *cache)
+    second = run(siamese_eval, *evaluate, tmp_path / "second", *cache)
+    assert "from the cache" not in fresh.stdout + first.stdout
+    assert second.stdout.splitlines()[-1] == "from the cache: 16 of 16 embeddings"
+    assert contents(tmp_path / "fresh") == contents(tmp_path / "first") == contents(tmp_path / "second")
+    Image.open(pictures / "cog/1.png").rotate(90).save(pictures / "apple/0.png")
+    changed = run(siamese_eval, *evaluate, tmp_path / "changed", *cache)
+    assert changed.stdout.splitlines()[-1] == "from the cache: 15 of 16 embeddings"
+    run(siamese_eval, *evaluate, tmp_path / "fresh", "--no_cache")
+    assert contents(tmp_path / "changed") == contents(tmp_path / "fresh")
+
+
+def test_a_cache_that_cannot_be_used_costs_no_answer(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "open").mkdir(mode=0o777)
+    (tmp_path / "open").chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("not a folder")
+    evaluate = ("-v", pictures, "-c", tiny_bundle, "-o", tmp_path / "out")
+    result = run(siamese_eval, *evaluate)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("embeddings are not cached: ")
+    assert_refused(run(siamese_eval, *evaluate, "--cache", tmp_path / "open"), 5, "others may write into it")
+
+
+@pytest.mark.parametrize("images", ["all", "errors", "none", "3", "99"])
+def test_which_pairs_are_drawn(run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path, images: str) -> None:
+    out = tmp_path / "out"
+    result = run(siamese_eval, "-v", pictures, "-o", out, "-c", tiny_bundle, "--images", images)
+    with open(out / "pairs.csv", newline="") as file:
+        wrong = [
+            k for k, row in enumerate(csv.DictReader(file)) if (float(row["score"]) >= 0.5) != (row["is_same"] == "1")
+        ]
+    assert 0 < len(wrong) < 16
+    expected = {"all": range(16), "errors": wrong, "none": [], "3": range(3), "99": range(16)}[images]
+    assert {path.name for path in out.glob("*.png")} == {f"{k}.png" for k in expected}
+    assert f"and {len(expected)} pair pictures" in result.stdout
+
+
+def test_images_option_names_its_choices(run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    arguments = ("-v", pictures, "-o", tmp_path / "out", "-c", tiny_bundle, "--images")
+    for wrong in ("some", "-1", "1.5"):
+        assert_refused(run(siamese_eval, *arguments, wrong), 2, "expected all, errors, none or a number")
+
+
 def test_again_replaces_its_own_files_and_nothing_else(
     run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:

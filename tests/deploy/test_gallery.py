@@ -338,6 +338,24 @@ def test_cached_and_fresh_answers_are_equal(
     assert answers == [gallery.identify(pictures / "cog/3.png")] * 2
 
 
+def test_rows_that_stay_on_the_device_answer_alike(gallery: Gallery, pictures: Path) -> None:
+    """As on a GPU, with the CPU as the device: some rows stay there, the others are sent."""
+    probe = pictures / "cog/3.png"
+    few = 4 * gallery.verifier.embedding_dim * 5
+    for device_bytes in (few, 2**20):
+        resident = Gallery(gallery.store.folder, gallery.verifier)
+        resident._device_bytes = device_bytes  # the constructor leaves the CPU without
+        for change in (lambda: None, lambda: gallery.remove("bolt"), lambda: gallery.enrol("bolt", [probe], add=True)):
+            change()
+            assert resident.identify(probe, top=9) == resident.identify(probe, top=9) == gallery.identify(probe, top=9)
+    with open(vectors_file(gallery), "r+b") as file:
+        file.write(b"\xff" * 8)
+    resident = Gallery(gallery.store.folder, gallery.verifier)
+    resident._device_bytes = few
+    assert resident.identify(probe, top=9) == gallery.identify(probe, top=9)
+    assert resident.identify(probe).damaged == 1
+
+
 def test_threads_share_one_gallery(gallery: Gallery, pictures: Path) -> None:
     expected = {name: gallery.identify(pictures / name / "3.png", top=9) for name in CLASSES}
     with ThreadPoolExecutor(8) as threads:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,13 +11,13 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import numpy_helper
-from PIL import Image
+from PIL import Image, ImageOps
 from tiny_bundle import DIM, SIZE_HW, make_bundle
 
 from siamese_deploy import OnnxVerifier
-from siamese_deploy.bundle import Golden
+from siamese_deploy.bundle import Golden, read_bundle
 from siamese_deploy.errors import BundleError, ImageError, IntegrityError, ProviderError, UsageError
-from siamese_deploy.providers import ORT_NAMES
+from siamese_deploy.providers import ORT_NAMES, nodes_by_provider, open_session
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,102 @@ def test_wrong_pictures_say_expected_and_got(verifier: OnnxVerifier, images: np.
 def test_wrong_embeddings_say_expected_and_got(verifier: OnnxVerifier, left: np.ndarray, right: np.ndarray) -> None:
     with pytest.raises(UsageError, match=r"expected two float32 \(P, 16\) or \(1, 16\)"):
         verifier.score(left, right)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_runs_at_once_answer_to_the_bit_as_one(verifier: OnnxVerifier, tiny_bundle: Path, threads: int) -> None:
+    images = random_images(21)
+    embeddings = verifier.embed(images)
+    many = OnnxVerifier(tiny_bundle, provider="cpu", throughput=True, threads=threads, max_batch=4)
+    assert np.array_equal(many.embed(images), embeddings)
+    assert np.array_equal(many.score(embeddings, embeddings[::-1]), verifier.score(embeddings, embeddings[::-1]))
+    assert np.array_equal(many.score(embeddings[3:4], embeddings), verifier.score(embeddings[3:4], embeddings))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_batch": 9}, r"max_batch: expected 1 to 8 \(the bundle's\), got 9"),
+        ({"max_batch": 0}, "max_batch: expected 1 to 8"),
+        ({"threads": 0}, "threads: expected at least 1"),
+        ({"gpu_memory_mb": -1}, "gpu_memory_mb: expected at least 1"),
+    ],
+)
+def test_arguments_out_of_range(tiny_bundle: Path, arguments: dict[str, int], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        OnnxVerifier(tiny_bundle, **arguments)  # type: ignore[arg-type]
+
+
+def test_embeddings_with_nan_have_no_score(verifier: OnnxVerifier) -> None:
+    good = verifier.embed(random_images(3))
+    bad = good.copy()
+    bad[1, 2] = np.nan
+    with pytest.raises(IntegrityError, match="NaN or outside"):
+        verifier.score(bad, good)
+    with pytest.raises(IntegrityError, match="NaN or outside"):
+        verifier.score_placed(bad[1:2], verifier.place(good))
+
+
+def test_nodes_are_counted(verifier: OnnxVerifier, tiny_bundle: Path, tmp_path: Path) -> None:
+    """Where ONNX Runtime can be asked, and by the profile of a run where it cannot."""
+    bundle = read_bundle(tiny_bundle)
+    session = open_session(bundle.head, "head.onnx", "cpu", profile_into=str(tmp_path))
+    session.run(None, {"left": np.zeros((1, DIM), np.float32), "right": np.zeros((2, DIM), np.float32)})
+    counts = nodes_by_provider(session)
+    assert set(counts) == {"cpu"}
+    assert 4 <= counts["cpu"] <= 5
+    can_be_asked = hasattr(session, "get_provider_graph_assignment_info")
+    assert list(tmp_path.iterdir()) == [] if can_be_asked else len(list(tmp_path.iterdir())) == 1
+    assert verifier.nodes["head.onnx"] == (counts if can_be_asked else {})
+
+
+def test_onnxruntime_tells_nobody(pictures: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """From 1.29 on it writes a device id and sends events, unless it is told not to before it is loaded."""
+    code = "import sys; from siamese_deploy import OnnxVerifier; OnnxVerifier(sys.argv[1]).compare(*sys.argv[2:])"
+    files = [tiny_bundle, pictures / "apple/0.png", pictures / "bolt/0.png"]
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home/cache")}
+    (tmp_path / "home").mkdir()
+    subprocess.run([sys.executable, "-c", code, *map(str, files)], env=environment | home, check=True)
+    assert list((tmp_path / "home").rglob("*")) == []
+
+
+def test_a_picture_is_the_same_however_it_comes(verifier: OnnxVerifier, pictures: Path, tmp_path: Path) -> None:
+    path = tmp_path / "turned.jpg"
+    image = Image.open(pictures / "apple/0.png").convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(path, exif=exif)
+    other = pictures / "bolt/0.png"
+    expected = verifier.compare(path, other)
+    assert expected != verifier.compare(pictures / "apple/0.png", other)
+    with Image.open(path) as opened:
+        upright = ImageOps.exif_transpose(opened)
+        for same in (str(path), path.read_bytes(), opened, upright, np.asarray(upright)):
+            assert verifier.compare(same, other) == expected
+            assert verifier.compare(other, same) == expected
+    grey = np.asarray(image.convert("L"))
+    assert verifier.compare(grey, other) == verifier.compare(np.stack([grey] * 3, axis=2), other)
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(pictures / "apple/0.png").convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("picture", "error", "words"),
+    [
+        (np.zeros((40, 40, 3), np.float32), UsageError, r"uint8 array \(H, W, 3\) RGB or \(H, W\) grey, got float32"),
+        (np.zeros((40, 40, 4), np.uint8), UsageError, r"got uint8 \(40, 40, 4\)"),
+        (np.zeros((0, 0, 3), np.uint8), ImageError, "too small"),
+        (7, UsageError, "got int"),
+        (b"", ImageError, "empty"),
+        (b"not a picture", ImageError, "not a picture of a supported format"),
+        (Image.new("F", (40, 40)), ImageError, "no defined range"),
+    ],
+)
+def test_what_is_no_picture(
+    verifier: OnnxVerifier, pictures: Path, picture: object, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        verifier.compare(picture, pictures / "apple/0.png")  # type: ignore[arg-type]
 
 
 def test_compares_two_files(verifier: OnnxVerifier, pictures: Path) -> None:

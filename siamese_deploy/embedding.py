@@ -27,6 +27,8 @@ from siamese_deploy.verifier import Embeddings, Images, Scores, Verifier
 BATCH_SIZE = 32
 SCORE_CHUNK_PAIRS = 8192
 _BATCHES_AHEAD = 2
+# Every write to the cache waits for the disk.
+_KEEP_AT_ONCE = 256
 
 T = TypeVar("T")
 
@@ -60,18 +62,24 @@ def embed_pictures(
         IntegrityError: the network answered with NaN or infinity.
         UsageError: one of them is no `Picture`.
     """
-    for batch in _read_and_decoded(verifier, pictures, cache):
-        new = [item for item in batch if item.pixels is not None]
-        if new:
-            vectors = verifier.embed(np.stack([item.pixels for item in new if item.pixels is not None]))
-            for item, vector in zip(new, vectors, strict=True):
-                if not np.isfinite(vector).all():
-                    raise IntegrityError(f"{item.name}: the network gives no finite embedding (NaN or infinity)")
-                item.vector, item.pixels = vector, None
-            if cache is not None:
-                keyed = [item for item in new if item.sha256]
-                cache.put_many(_keys(verifier, keyed), vectors[[bool(item.sha256) for item in new]])
-        yield batch
+    to_keep: list[EmbeddedPicture] = []
+    try:
+        for batch in _read_and_decoded(verifier, pictures, cache):
+            new = [item for item in batch if item.pixels is not None]
+            if new:
+                vectors = verifier.embed(np.stack([item.pixels for item in new if item.pixels is not None]))
+                for item, vector in zip(new, vectors, strict=True):
+                    if not np.isfinite(vector).all():
+                        raise IntegrityError(f"{item.name}: the network gives no finite embedding (NaN or infinity)")
+                    item.vector, item.pixels = vector, None
+                to_keep += [item for item in new if item.sha256]
+            yield batch
+            if cache is not None and len(to_keep) >= _KEEP_AT_ONCE:
+                _keep(cache, verifier, to_keep)
+                to_keep = []
+    finally:  # also where the caller stops early
+        if cache is not None:
+            _keep(cache, verifier, to_keep)
 
 
 @dataclass(frozen=True)
@@ -201,6 +209,14 @@ def _read(item: EmbeddedPicture) -> None:
 def _finished(batch: list[EmbeddedPicture], work: MapResult[None]) -> list[EmbeddedPicture]:
     work.get()
     return batch
+
+
+def _keep(cache: EmbeddingCache, verifier: Verifier, items: list[EmbeddedPicture]) -> None:
+    embedded = [item for item in items if item.vector is not None]
+    if embedded:
+        cache.put_many(
+            _keys(verifier, embedded), np.stack([item.vector for item in embedded if item.vector is not None])
+        )
 
 
 def _keys(verifier: Verifier, items: Sequence[EmbeddedPicture]) -> list[bytes]:

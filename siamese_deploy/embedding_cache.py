@@ -130,7 +130,7 @@ class EmbeddingCache:
         if keys and not self.warning:
             with self._failures_noted(), opened(self.path, self._patience_s) as connection:
                 rows = select(connection, list(dict.fromkeys(keys)))
-                sound, vectors = _sound(rows, set(keys), dim)
+                sound, vectors = _sound(rows, dim)
                 found = {row.key: vector for row, vector in zip(sound, vectors, strict=True)}
                 damaged = {row.id for row in rows} - {row.id for row in sound}
                 self.damaged += len(damaged)
@@ -195,9 +195,9 @@ class EmbeddingCache:
             self.warning = one_line(f"embeddings are no longer cached: {error}")
 
 
-def _sound(rows: list[Row], keys: set[bytes], dim: int) -> tuple[list[Row], Embeddings]:
+def _sound(rows: list[Row], dim: int) -> tuple[list[Row], Embeddings]:
     """The rows that may be believed, and their vectors (n, dim) float32."""
-    rows = [row for row in rows if row.key in keys and row.is_sound(4 * dim)]
+    rows = [row for row in rows if row.is_sound(4 * dim)]
     vectors = np.frombuffer(b"".join(row.vector for row in rows), "<f4").reshape(len(rows), dim)
     finite = np.isfinite(vectors).all(axis=1)
     return [row for row, sound in zip(rows, finite, strict=True) if sound], vectors[finite].astype(np.float32)

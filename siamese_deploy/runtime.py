@@ -28,6 +28,7 @@ from siamese_deploy.embedding import embed_pictures
 from siamese_deploy.embedding_cache import EmbeddingCache
 from siamese_deploy.engine_cache import default_engine_root, engine_folder, prune_engines
 from siamese_deploy.errors import BundleError, ImageError, IntegrityError, ProviderError, UsageError
+from siamese_deploy.gpu import gpu_identity
 from siamese_deploy.preprocess import Picture, Preprocess
 from siamese_deploy.providers import (
     import_onnxruntime,
@@ -153,7 +154,7 @@ class OnnxVerifier:
             gpu_memory_bytes=self._gpu_memory_bytes,
             profile_into=profiles,
         )
-        if self.provider != "tensorrt":
+        if self.provider != "tensorrt" or gpu_identity() is None:  # without a GPU the session says what is missing
             return open_it()
         key, shapes = self._engine(name, graph)
         folder = held.enter_context(engine_folder(default_engine_root(), key, say=self._say))

@@ -45,7 +45,7 @@ class _LazyGroup(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
-@click.command(cls=_LazyGroup, name="siamese")
+@click.command(cls=_LazyGroup, name="siamese", no_args_is_help=False)
 @click.version_option(package_name="siamese-toolkit", prog_name="siamese")
 def main() -> None:
     """Do these two pictures show the same thing? Runs bundles made by siamese-export."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from siamese_deploy.gallery import Enrolment, Identification
 
 
-@click.group(name="gallery", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(name="gallery", no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Enrol pictures under names, and find out whose a picture is.
 

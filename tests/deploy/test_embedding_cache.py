@@ -571,8 +571,9 @@ def test_a_lock_costs_one_operation_and_not_the_rest(
     assert open_cache(tmp_path)[1] == ""
     holder.execute("ROLLBACK")
     holder.execute("BEGIN IMMEDIATE")  # a writer keeps nobody from reading
+    patient = EmbeddingCache(tmp_path)
     start = time.monotonic()
-    assert get(cache, 1, 2) == {1}
+    assert get(patient, 1, 2) == {1}
     assert time.monotonic() - start < 0.2
     assert_refused(run(siamese, "cache", "clear", "--cache", tmp_path), 6, "locked")
     holder.close()

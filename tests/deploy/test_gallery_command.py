@@ -2,12 +2,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +11,6 @@ from PIL import Image
 
 from siamese_deploy.cli import main as siamese
 from siamese_deploy.gallery_store import GalleryStore
-
-KILLS = int(os.environ.get("SIAMESE_KILLS", "300"))
 
 
 @pytest.fixture
@@ -114,72 +106,3 @@ def test_damage_is_told(run: RunCommand, gallery: Path, pictures: Path, tiny_bun
 
 def _digest(bundle: Path) -> str:
     return str(json.loads((bundle / "manifest.json").read_text())["bundle_digest"])
-
-
-_WRITER = """
-import sys
-from pathlib import Path
-import numpy as np
-from siamese_deploy.gallery_store import GalleryStore, StoredPicture
-store, first = GalleryStore.create(Path(sys.argv[1]), "digest", 32), int(sys.argv[2])
-print("ready", flush=True)
-for k in range(first, first + 100_000):
-    rows = [StoredPicture(f"id{k}", f"{k} {n}".encode().ljust(32), "") for n in range(3)]
-    store.add(rows, np.full((3, 32), k, np.float32))
-    print("enrolled", k, flush=True)
-    if k % 5 == 4 and k > first:
-        store.remove([f"id{k - 1}"])
-        print("removed", k - 1, flush=True)
-"""
-
-
-def _kill_writers(folder: Path, kills: int) -> None:
-    """Enrol until killed, again and again: what was acknowledged is there, and nothing is half there."""
-    acknowledged: dict[int, bool] = {}  # whether it has to be there
-    maybe: set[int] = set()  # under way when the kill came
-    chance = random.Random(0)  # noqa: S311 - when to kill
-    first = 0
-    for _ in range(kills):
-        child = subprocess.Popen(
-            [sys.executable, "-c", _WRITER, str(folder), str(first)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        time.sleep(chance.random() * 0.06)
-        child.send_signal(signal.SIGKILL)
-        stdout, stderr = child.communicate()
-        assert stderr == ""
-        last = first - 1
-        for line in stdout.splitlines(keepends=True):
-            if not line.endswith("\n"):
-                continue
-            what, k = line.split()
-            acknowledged[int(k)] = what == "enrolled"
-            last = max(last, int(k))
-        maybe |= {last + 1} | ({last - 1} if last % 5 == 4 and acknowledged.get(last - 1) else set())
-        first = last + 2
-    found: dict[int, int] = {}
-    store = GalleryStore(folder)
-    with store.snapshot() as snapshot:
-        assert snapshot.rows.damaged == 0
-        for row, vectors in snapshot.sound_vectors():
-            for index, vector in zip(row, vectors, strict=True):
-                k = int(snapshot.rows.names[snapshot.rows.identities[index]].removeprefix("id"))
-                assert (vector == k).all()
-                found[k] = found.get(k, 0) + 1
-        assert sum(found.values()) == len(snapshot.rows.slots)  # no row without its vector
-    assert set(found.values()) <= {3}
-    for k, there in acknowledged.items():
-        assert (k in found) == there or k in maybe, k
-    assert set(found) <= set(acknowledged) | maybe
-    assert len(acknowledged) > kills / 2, "killed before anything was enrolled"
-
-
-def test_a_killed_enrolment_leaves_what_it_acknowledged(tmp_path: Path) -> None:
-    _kill_writers(tmp_path / "gallery", 5)
-
-
-@pytest.mark.slow
-def test_many_killed_enrolments(tmp_path: Path) -> None:
-    _kill_writers(tmp_path / "gallery", KILLS)

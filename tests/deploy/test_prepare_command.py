@@ -93,7 +93,7 @@ from siamese_deploy.tensorrt import EngineKey
 class Verifier:
     provider_note = "a note for the user"
 
-    def __init__(self, bundle, provider, max_batch):
+    def __init__(self, bundle, provider, max_batch, say=None):
         for graph in sorted(Path(bundle).glob("*.onnx")):
             key = EngineKey("ab", graph.stem, "gpu", "driver", "10.3.0", "1.23.2", "fp32", (1, 4, 8))
             with engine_folder(default_engine_root(), key, say=print) as folder:

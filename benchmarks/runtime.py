@@ -9,10 +9,8 @@ resnet18 of 224 px on drawn pictures: what is timed does not depend on what the 
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,8 @@ from pathlib import Path
 
 import click
 import numpy as np
+
+from siamese_deploy import Gallery
 
 ROWS = 100_000
 PICTURES = 780
@@ -66,7 +66,6 @@ def make_bundle(folder: Path) -> Path:
     import torch
 
     from siamese_deploy.demo_data import write_demo_data
-    from siamese_export.cli import main as export_main
     from siamese_train.checkpoint import save_checkpoint
     from siamese_train.config import TrainConfig
     from siamese_train.model import SiameseNetwork
@@ -79,13 +78,9 @@ def make_bundle(folder: Path) -> Path:
         folder / "best.pth",
         epoch=1, model=network, optimizer=torch.optim.SGD(network.parameters()), config=config, run={},
     )  # fmt: skip
-    with open(os.devnull, "w") as quiet:
-        subprocess.run(
-            [sys.executable, "-c", "from siamese_export.cli import main; main()"]
-            + ["-c", str(folder / "best.pth"), "-o", str(folder / "bundle")],
-            check=True, stdout=quiet,
-        )  # fmt: skip
-    assert export_main is not None
+    export = Path(sys.executable).with_name("siamese-export")
+    command = [str(export), "-c", str(folder / "best.pth"), "-o", str(folder / "bundle")]
+    subprocess.run(command, check=True, capture_output=True)
     return folder / "bundle"
 
 
@@ -154,12 +149,12 @@ def throughput(bundle: Path, pictures: Path) -> None:
 
 def identify(bundle: Path, folder: Path) -> None:
     """1:100,000, against the bare head on the same matrix in memory."""
-    from siamese_deploy import Gallery, OnnxVerifier
+    from siamese_deploy import OnnxVerifier
     from siamese_deploy.gallery_store import CHUNK_ROWS
 
     verifier = OnnxVerifier(bundle, provider="cpu")
     gallery = Gallery(folder, verifier, create=True)
-    matrix = fill(gallery, ROWS)
+    matrix = fill(gallery, 0, ROWS)
     query = matrix[12345]
 
     def bare() -> np.ndarray:
@@ -180,24 +175,22 @@ def identify(bundle: Path, folder: Path) -> None:
     row(f"identify 1:{ROWS:,}, against the bare head", times["ours"], times["bare"], "at most 1.3", most=1.3)
 
 
-def fill(gallery, n_rows: int, keep: bool = True) -> np.ndarray:  # type: ignore[no-untyped-def]
+def fill(gallery: Gallery, first: int, end: int) -> np.ndarray:
+    """Enrol made-up rows; gives their vectors, (end - first, DIM) float32."""
     from siamese_deploy.gallery_store import StoredPicture
 
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(first)
     parts = []
-    for start_row in range(0, n_rows, 5000):
-        vectors = random.standard_normal((min(5000, n_rows - start_row), DIM), np.float32)
-        names = range(start_row, start_row + len(vectors))
-        stored = [StoredPicture(f"id{k // 4}", f"{k}".encode().ljust(32), "") for k in names]
-        gallery.store.add(stored, vectors)
-        if keep:
-            parts.append(vectors)
-    return np.concatenate(parts) if keep else np.empty((0, DIM), np.float32)
+    for start_row in range(first, end, 5000):
+        rows = range(start_row, min(start_row + 5000, end))
+        parts.append(random.standard_normal((len(rows), DIM), np.float32))
+        stored = [StoredPicture(f"id{k // 4}", f"{k}".encode().ljust(32), "") for k in rows]
+        gallery.store.add(stored, parts[-1])
+    return np.concatenate(parts)
 
 
 MEMORY = """
-import json, resource, sys
-sys.path.insert(0, sys.argv[3])
+import resource, sys
 import numpy as np
 from siamese_deploy import Gallery, OnnxVerifier
 verifier = OnnxVerifier(sys.argv[1], provider="cpu")
@@ -210,38 +203,25 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 def memory(bundle: Path, folder: Path) -> None:
     """Peak memory of a process that identifies once, by the number of rows."""
-    from siamese_deploy import Gallery, OnnxVerifier
+    from siamese_deploy import OnnxVerifier
 
-    verifier = OnnxVerifier(bundle, provider="cpu")
-    peaks = {}
-    gallery = Gallery(folder / "growing", verifier, create=True)
+    gallery = Gallery(folder / "growing", OnnxVerifier(bundle, provider="cpu"), create=True)
     done = 0
     for rows in (10_000, 100_000, 400_000):
-        from siamese_deploy.gallery_store import StoredPicture
-
-        random = np.random.default_rng(rows)
-        while done < rows:
-            vectors = random.standard_normal((5000, DIM), np.float32)
-            stored = [StoredPicture(f"id{k // 4}", f"{k}".encode().ljust(32), "") for k in range(done, done + 5000)]
-            gallery.store.add(stored, vectors)
-            done += 5000
-        command = [
-            sys.executable,
-            "-c",
-            MEMORY,
-            str(bundle),
-            str(folder / "growing"),
-            str(Path(__file__).parent.parent),
-        ]
-        peaks[rows] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        size_mb = rows * DIM * 4 // 2**20
-        print(f"| peak memory of identify, {rows:,} rows ({size_mb:,} MiB) | {peaks[rows]} MiB | | | |", flush=True)
+        for first in range(done, rows, 10_000):
+            fill(gallery, first, first + 10_000)
+        done = rows
+        command = [sys.executable, "-c", MEMORY, str(bundle), str(folder / "growing")]
+        peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        print(
+            f"| peak memory of identify 1:{rows:,} ({rows * DIM * 4 // 2**20:,} MiB) | {peak} MiB | | | |", flush=True
+        )
 
 
 def in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each."""
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for name, way in ways.items():
+    for way in ways.values():
         way()
     for _ in range(rounds):
         for name, way in ways.items():

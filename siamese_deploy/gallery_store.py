@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from siamese_deploy.durable_files import fsync_path
 from siamese_deploy.errors import BusyError, EnvironmentFault, InputDataError, IntegrityError
+from siamese_deploy.gallery_vectors import VectorFile, checksums, new_vectors_name, write_slots
 from siamese_deploy.private_folder import private_folder
 from siamese_deploy.verifier import Embeddings
 
@@ -156,7 +156,7 @@ class GalleryStore:
                 database.execute(f"PRAGMA user_version = {_FORMAT}")
                 for statement in filter(None, map(str.strip, _SCHEMA.split(";"))):
                     database.execute(statement)
-                store._name_model(database, bundle_digest, dim, _new_vectors())
+                store._name_model(database, bundle_digest, dim, new_vectors_name())
             database.execute("COMMIT")
         (folder / DATABASE).chmod(0o600)
         fsync_path(folder)
@@ -192,7 +192,7 @@ class GalleryStore:
             for name in replace:
                 _free(database, name)
             slots = _free_slots(database, len(pictures))
-            _write_slots(self.folder / file, slots, vectors)
+            write_slots(self.folder / file, slots, vectors)
             when = datetime.now(timezone.utc).isoformat(timespec="seconds")
             for slot, picture, checksum in zip(slots, pictures, checksums(vectors), strict=True):
                 database.execute("INSERT OR IGNORE INTO identity (name) VALUES (?)", (picture.name,))
@@ -255,9 +255,9 @@ class GalleryStore:
             row_of = {picture.sha256: k for k, picture in enumerate(pictures)}
             if {sha256 for _, sha256, _ in rows} != set(row_of):
                 raise BusyError(f"{self.folder}: changed while its pictures were embedded again; run it once more")
-            file = _new_vectors()
+            file = new_vectors_name()
             order = [row_of[sha256] for _, sha256, _ in rows]
-            _write_slots(self.folder / file, range(len(rows)), vectors[order])
+            write_slots(self.folder / file, range(len(rows)), vectors[order])
             self._name_model(database, bundle_digest, vectors.shape[1], file)
             database.execute("DELETE FROM free_slot")
             for new, ((slot, _, _), k, checksum) in enumerate(
@@ -283,7 +283,7 @@ class GalleryStore:
         """
         _, dim, file = self._model(database)
         slots = [slot for (slot,) in database.execute("SELECT slot FROM free_slot WHERE NOT wiped ORDER BY slot")]
-        _write_slots(self.folder / file, slots, np.zeros((len(slots), dim), np.float32))
+        write_slots(self.folder / file, slots, np.zeros((len(slots), dim), np.float32))
         database.execute("UPDATE free_slot SET wiped = 1 WHERE NOT wiped")
         for path in self.folder.glob("vectors-*.f32"):
             if path.name != file:
@@ -342,45 +342,6 @@ class GalleryStore:
         database.execute("INSERT INTO model VALUES (?, ?, ?, ?)", (*record, _seal(*record)))
 
 
-class VectorFile:
-    """Vectors by slot, read in pieces: memory follows the piece, and a file cut short is not a crash."""
-
-    def __init__(self, path: Path, dim: int) -> None:
-        self.path = path
-        self.dim = dim
-
-    def __enter__(self) -> VectorFile:
-        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW) if self.path.exists() else -1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-    def read(self, first_slot: int, into: Embeddings) -> None:
-        """Fill `into`, (n, dim) float32, from slot `first_slot` on; what the file does not have is zero."""
-        view = memoryview(into.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-        done = 0
-        while self._descriptor >= 0 and done < len(view):
-            count = os.preadv(self._descriptor, [view[done:]], first_slot * self.dim * 4 + done)
-            if count == 0:
-                break
-            done += count
-        into.reshape(-1).view(np.uint8)[done:] = 0
-
-
-def checksums(vectors: Embeddings) -> npt.NDArray[np.uint64]:
-    """(n, dim) float32 -> (n,) uint64: the sum of the row's words, each times an odd number of its own, modulo 2^64.
-
-    Multilinear hashing (Carter and Wegman, "Universal classes of hash functions", 1979) with a fixed key: it finds
-    accidents, among them every change of a single word, at the speed of memory; against an attacker it is nothing.
-    """
-    words = vectors.view(np.uint64) if vectors.shape[1] % 2 == 0 else vectors.view(np.uint32).astype(np.uint64)
-    odd = np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
-    sums: npt.NDArray[np.uint64] = np.einsum("ij,j->i", words, odd)
-    return sums
-
-
 def _pictures(database: sqlite3.Connection, name: str | None) -> list[StoredPicture]:
     return [
         StoredPicture(str(row[1]), row[2], os.fsdecode(row[3]), row[4], row[0], _row_seal(*row[:6]) != row[6])
@@ -432,32 +393,6 @@ def _free_slots(database: sqlite3.Connection, number: int) -> list[int]:
         (max(slots, default=-1),),
     ).fetchone()
     return slots + list(range(end, end + number - len(slots)))
-
-
-def _write_slots(path: Path, slots: Sequence[int], vectors: Embeddings) -> None:
-    if not len(slots):
-        return
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        start = 0
-        while start < len(slots):  # neighbours in one write
-            end = start + 1
-            while end < len(slots) and slots[end] == slots[end - 1] + 1:
-                end += 1
-            data = memoryview(np.ascontiguousarray(vectors[start:end], "<f4").tobytes())
-            offset = slots[start] * vectors.shape[1] * 4
-            while len(data):
-                written = os.pwrite(descriptor, data, offset)
-                data, offset = data[written:], offset + written
-            start = end
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    fsync_path(path.parent)
-
-
-def _new_vectors() -> str:
-    return f"vectors-{uuid.uuid4().hex[:8]}.f32"
 
 
 def _row_seal(slot: int, name: str, sha256: bytes, source: bytes, when: str, checksum: int) -> bytes:

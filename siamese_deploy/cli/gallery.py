@@ -198,7 +198,7 @@ def _as_json(found: Identification, bundle_digest: str, provider: str) -> dict[s
 @click.argument("target", type=PATH)
 def export(gallery: Path, target: Path) -> None:
     """Write GALLERY as gallery.csv and embeddings.npy into the new folder TARGET."""
-    from siamese_deploy.gallery import export_gallery
+    from siamese_deploy.gallery_copies import export_gallery
 
     count = export_gallery(gallery, target)
     click.echo(one_line(f"written: {target}/gallery.csv and embeddings.npy, {count} rows"))
@@ -209,7 +209,7 @@ def export(gallery: Path, target: Path) -> None:
 @runtime_options
 def reembed(gallery: Path, runtime: RuntimeOptions) -> None:
     """Bind GALLERY to another bundle: embed its pictures again from where they were enrolled, all of them or none."""
-    from siamese_deploy.gallery import reembed as embed_again
+    from siamese_deploy.gallery_copies import reembed as embed_again
 
     cache = runtime.open_cache()
     verifier = runtime.open_verifier(cache, throughput=True)

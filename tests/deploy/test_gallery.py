@@ -22,8 +22,10 @@ from tiny_bundle import make_bundle
 from siamese_deploy import Gallery, OnnxVerifier
 from siamese_deploy.embedding_cache import EmbeddingCache
 from siamese_deploy.errors import ImageError, InputDataError, IntegrityError, UsageError
-from siamese_deploy.gallery import export_gallery, reembed, twins
-from siamese_deploy.gallery_store import DATABASE, GalleryStore, StoredPicture, checksums
+from siamese_deploy.gallery import twins
+from siamese_deploy.gallery_copies import export_gallery, reembed
+from siamese_deploy.gallery_store import DATABASE, GalleryStore, StoredPicture
+from siamese_deploy.gallery_vectors import checksums
 from siamese_deploy.image_folder import scan_image_folder
 
 

@@ -1,0 +1,80 @@
+"""The flat file of a gallery's embeddings: slot k is the k-th (dim,) little-endian float32 vector."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from siamese_deploy.durable_files import fsync_path
+from siamese_deploy.verifier import Embeddings
+
+
+def new_vectors_name() -> str:
+    return f"vectors-{uuid.uuid4().hex[:8]}.f32"
+
+
+class VectorFile:
+    """Vectors by slot, read in pieces: memory follows the piece, and a file cut short is not a crash."""
+
+    def __init__(self, path: Path, dim: int) -> None:
+        self.path = path
+        self.dim = dim
+
+    def __enter__(self) -> VectorFile:
+        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW) if self.path.exists() else -1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def read(self, first_slot: int, into: Embeddings) -> None:
+        """Fill `into`, (n, dim) float32, from slot `first_slot` on; what the file does not have is zero."""
+        view = memoryview(into.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        done = 0
+        while self._descriptor >= 0 and done < len(view):
+            count = os.preadv(self._descriptor, [view[done:]], first_slot * self.dim * 4 + done)
+            if count == 0:
+                break
+            done += count
+        into.reshape(-1).view(np.uint8)[done:] = 0
+
+
+def write_slots(path: Path, slots: Sequence[int], vectors: Embeddings) -> None:
+    """Write (n, dim) float32 vectors to their slots, and wait until they are on the disk."""
+    if not len(slots):
+        return
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        start = 0
+        while start < len(slots):  # neighbours in one write
+            end = start + 1
+            while end < len(slots) and slots[end] == slots[end - 1] + 1:
+                end += 1
+            data = memoryview(np.ascontiguousarray(vectors[start:end], "<f4").tobytes())
+            offset = slots[start] * vectors.shape[1] * 4
+            while len(data):
+                written = os.pwrite(descriptor, data, offset)
+                data, offset = data[written:], offset + written
+            start = end
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    fsync_path(path.parent)
+
+
+def checksums(vectors: Embeddings) -> npt.NDArray[np.uint64]:
+    """(n, dim) float32 -> (n,) uint64: the sum of the row's words, each times an odd number of its own, modulo 2^64.
+
+    Multilinear hashing (Carter and Wegman, "Universal classes of hash functions", 1979) with a fixed key: it finds
+    accidents, among them every change of a single word, at the speed of memory; against an attacker it is nothing.
+    """
+    words = vectors.view(np.uint64) if vectors.shape[1] % 2 == 0 else vectors.view(np.uint32).astype(np.uint64)
+    odd = np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
+    sums: npt.NDArray[np.uint64] = np.einsum("ij,j->i", words, odd)
+    return sums

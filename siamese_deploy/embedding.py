@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import deque
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from tqdm import tqdm
 
 from siamese_deploy.embedding_cache import EmbeddingCache, embedding_key
@@ -182,7 +184,7 @@ def _read_and_decoded(
 
         read: deque[tuple[list[EmbeddedPicture], MapResult[None]]] = deque()
         decoded: deque[tuple[list[EmbeddedPicture], MapResult[None]]] = deque()
-        batches = ([EmbeddedPicture(picture) for picture in batch] for batch in _batched(pictures, BATCH_SIZE))
+        batches = ([EmbeddedPicture(_loaded(picture)) for picture in batch] for batch in _batched(pictures, BATCH_SIZE))
         for batch in batches:
             read.append((batch, threads.map_async(_read, batch, chunksize=1)))
             if len(read) > 1:
@@ -194,9 +196,17 @@ def _read_and_decoded(
             yield _finished(*waiting)
 
 
+def _loaded(picture: Picture) -> Picture:
+    """A Pillow image is read from its file here: it may come twice, and two threads may not read it at once."""
+    if isinstance(picture, Image.Image):
+        with contextlib.suppress(Exception):  # whoever decodes it says what is wrong
+            picture.load()
+    return picture
+
+
 def _read(item: EmbeddedPicture) -> None:
-    if isinstance(item.picture, bytes):
-        item.data = item.picture
+    if isinstance(item.picture, bytes | bytearray | memoryview):
+        item.data = bytes(item.picture)
     elif isinstance(item.picture, str | os.PathLike):
         try:
             item.data = read_picture_file(item.picture)

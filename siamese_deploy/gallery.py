@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from siamese_deploy.embedding import EmbeddedPicture, embed_pictures
-from siamese_deploy.errors import ImageError, InputDataError, IntegrityError, UsageError
-from siamese_deploy.gallery_store import GalleryStore, Rows, Snapshot, StoredPicture
+from siamese_deploy.errors import ImageError, InputDataError, UsageError
+from siamese_deploy.gallery_store import GalleryStore, Group, Rows, Snapshot, StoredPicture
 from siamese_deploy.image_folder import ImageFolder, SkippedFile
 from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.preprocess import Picture, decode_image
@@ -92,21 +93,16 @@ class Gallery:
         create: bool = False,
         device_bytes: int = 2**30,
     ) -> None:
-        path = Path(folder)
-        if create:
-            self.store = GalleryStore.create(path, verifier.model_digest, verifier.embedding_dim)
-        else:
-            self.store = GalleryStore(path)
-        digest, dim = self.store.model()
-        if (digest, dim) != (verifier.model_digest, verifier.embedding_dim):
-            raise IntegrityError(
-                f"{path}: was enrolled with another bundle (expected {digest[:12]}, got {verifier.model_digest[:12]}); "
-                "use that one, or run: siamese gallery reembed"
-            )
+        self.store = (
+            GalleryStore.create(Path(folder), verifier.model_digest, verifier.embedding_dim)
+            if create
+            else GalleryStore(Path(folder), verifier.model_digest)
+        )
         self.verifier = verifier
         self._rows: Rows | None = None
         self._device_bytes = 0 if verifier.provider == "cpu" else device_bytes
         self._on_device: _OnDevice | None = None
+        self._placing = threading.Lock()
 
     def enrol(
         self, name: str, pictures: Sequence[Picture], *, add: bool = False, replace: bool = False, doubles: bool = True
@@ -161,11 +157,11 @@ class Gallery:
         *,
         show_progress: bool,
     ) -> Enrolment:
-        for name, _ in groups:
+        for name, members in groups:
             check_name(name)
+            if not members:
+                raise UsageError(f"{name}: expected at least one picture to enrol")
         enrolment = Enrolment()
-        owner_of = {picture.sha256: picture.name for picture in self.store.pictures()}
-        owners = set(owner_of.values())
         pictures = [picture for _, members in groups for picture in members]
         waiting: list[EmbeddedPicture] = []
         ahead = iter(groups)
@@ -176,17 +172,12 @@ class Gallery:
         ):
             for batch in embed_pictures(self.verifier, pictures, cache=self.verifier.cache):
                 waiting += batch
-                complete: list[tuple[str, list[EmbeddedPicture]]] = []
+                complete: list[Group] = []
                 while members and len(waiting) >= len(members):
-                    items, waiting = waiting[: len(members)], waiting[len(members) :]
-                    new = _new_pictures(
-                        name, items, owner_of, enrolment, known=name in owners, add=add, replace=replace
-                    )
-                    if new:
-                        complete.append((name, new))
+                    complete += _group(name, waiting[: len(members)], enrolment)
+                    waiting = waiting[len(members) :]
                     name, members = next(ahead, ("", []))
-                self._commit(complete, [name for name, _ in complete if name in owners and replace], doubles, enrolment)
-                owners.update(name for name, _ in complete)
+                self._commit(complete, add, replace, doubles, enrolment)
                 progress.update(len(batch))
                 let_interrupts_through()
         if pictures and len(enrolment.skipped) == len(pictures):
@@ -194,27 +185,20 @@ class Gallery:
             raise InputDataError(f"none of {len(pictures)} pictures can be read ({first.path}: {first.reason}, ...)")
         return enrolment
 
-    def _commit(
-        self,
-        complete: list[tuple[str, list[EmbeddedPicture]]],
-        replaced: list[str],
-        doubles: bool,
-        enrolment: Enrolment,
-    ) -> None:
-        rows = [(name, item) for name, items in complete for item in items]
-        if not rows:
+    def _commit(self, groups: list[Group], add: bool, replace: bool, doubles: bool, enrolment: Enrolment) -> None:
+        if not groups:
             return
-        if doubles:
-            for name, item in rows:
-                assert item.vector is not None  # noqa: S101 - for the type checker
-                other = self._double(name, item.vector)
+        for group, outcome in zip(groups, self.store.enrol(groups, add=add, replace=replace), strict=True):
+            if isinstance(outcome, str):
+                enrolment.refused.append(SkippedFile(group.name, outcome))
+                continue
+            enrolment.identities += bool(outcome)
+            enrolment.pictures += len(outcome)
+            for k in outcome if doubles else ():
+                other = self._double(group.name, group.vectors[k])
                 if other:
-                    enrolment.doubles.append(f"{item.name} ({name}) matches {other.name} with {other.score:.4f}")
-        stored = [StoredPicture(name, item.sha256, _source(item)) for name, item in rows]
-        vectors = np.stack([item.vector for _, item in rows if item.vector is not None])
-        self.store.add(stored, vectors, replace=replaced)
-        enrolment.identities += len(complete)
-        enrolment.pictures += len(rows)
+                    picture = group.pictures[k].source or "a picture"
+                    enrolment.doubles.append(f"{picture} ({group.name}) matches {other.name} with {other.score:.4f}")
 
     def _double(self, name: str, vector: Embeddings) -> Candidate | None:
         found = self._identification(vector, 2, "max", self.verifier.threshold, 0.0).candidates
@@ -316,13 +300,15 @@ class Gallery:
 
     def _placed(self, snapshot: Snapshot) -> _OnDevice:
         """The first rows, as many as fit into `device_bytes`, on the device."""
-        if self._on_device is None or self._on_device.change != snapshot.rows.change:
-            self._on_device = None  # its memory first
-            fitting = self._device_bytes // (4 * self.verifier.embedding_dim)
-            wanted = np.arange(len(snapshot.rows.slots)) < fitting
-            chunks = [(row, self.verifier.place(vectors)) for row, vectors in snapshot.sound_vectors(wanted)]
-            self._on_device = _OnDevice(snapshot.rows.change, fitting, chunks)
-        return self._on_device
+        with self._placing:
+            on_device = self._on_device
+            if on_device is None or on_device.change != snapshot.rows.change:
+                self._on_device = on_device = None  # its memory first
+                fitting = self._device_bytes // (4 * self.verifier.embedding_dim)
+                wanted = np.arange(len(snapshot.rows.slots)) < fitting
+                chunks = [(row, self.verifier.place(vectors)) for row, vectors in snapshot.sound_vectors(wanted)]
+                self._on_device = on_device = _OnDevice(snapshot.rows.change, fitting, chunks)
+        return on_device
 
 
 @dataclass(frozen=True)
@@ -358,37 +344,18 @@ def twins(names: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def _new_pictures(
-    name: str,
-    items: list[EmbeddedPicture],
-    owner_of: dict[bytes, str],
-    enrolment: Enrolment,
-    *,
-    known: bool,
-    add: bool,
-    replace: bool,
-) -> list[EmbeddedPicture]:
-    """Those to enrol; notes in `enrolment` what was skipped or refused, and in `owner_of` who has them now."""
-    new: dict[bytes, EmbeddedPicture] = {}
-    for item in items:
-        if item.vector is None:
-            enrolment.skipped.append(SkippedFile(item.name, item.reason))
-            continue
-        if not item.sha256:
+def _group(name: str, items: list[EmbeddedPicture], enrolment: Enrolment) -> list[Group]:
+    """The identity with those of its pictures that could be read, if any; the others are noted."""
+    readable = [item for item in items if item.vector is not None]
+    enrolment.skipped += [SkippedFile(item.name, item.reason) for item in items if item.vector is None]
+    if not readable:
+        return []
+    for item in readable:
+        if not item.sha256:  # of a Pillow image or an array: of its pixels
             rgb = decode_image(item.picture)
             item.sha256 = hashlib.sha256(b"RGB %d %d " % rgb.size + rgb.tobytes()).digest()
-        owner = owner_of.get(item.sha256)
-        if owner is not None and owner != name:
-            enrolment.refused.append(SkippedFile(name, f"{item.name} is enrolled as {owner} already"))
-            return []
-        if owner is None or replace:
-            new.setdefault(item.sha256, item)
-    if new and known and not (add or replace):
-        reason = f"is enrolled already; --add adds the {len(new)} new pictures, --replace takes them instead"
-        enrolment.refused.append(SkippedFile(name, reason))
-        return []
-    owner_of.update(dict.fromkeys(new, name))
-    return list(new.values())
+    pictures = [StoredPicture(name, item.sha256, _source(item)) for item in readable]
+    return [Group(name, pictures, np.stack([item.vector for item in readable if item.vector is not None]))]
 
 
 def _source(item: EmbeddedPicture) -> str:

@@ -31,7 +31,8 @@ def reembed(folder: str | os.PathLike[str], verifier: OnnxVerifier, *, show_prog
         BusyError: the gallery was changed meanwhile.
     """
     store = GalleryStore(Path(folder))
-    pictures = store.pictures()
+    with store.snapshot() as snapshot:
+        change, pictures = snapshot.rows.change, snapshot.pictures()
     damaged = [picture for picture in pictures if picture.damaged]
     if damaged:
         raise IntegrityError(f"{folder}: {len(damaged)} rows are damaged (first: {damaged[0].name}); remove them first")
@@ -57,7 +58,7 @@ def reembed(folder: str | os.PathLike[str], verifier: OnnxVerifier, *, show_prog
         )
     dim = verifier.embedding_dim
     store.replace_model(
-        verifier.model_digest, pictures, np.stack(vectors) if vectors else np.empty((0, dim), np.float32)
+        verifier.model_digest, change, pictures, np.stack(vectors) if vectors else np.empty((0, dim), np.float32)
     )
     return len(pictures)
 

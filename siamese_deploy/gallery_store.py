@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from siamese_deploy.durable_files import fsync_path
 from siamese_deploy.errors import BusyError, EnvironmentFault, InputDataError, IntegrityError
-from siamese_deploy.gallery_vectors import VectorFile, checksums, new_vectors_name, write_slots
+from siamese_deploy.gallery_vectors import VectorFile, checksums, cut_behind, new_vectors_name, write_slots
 from siamese_deploy.private_folder import private_folder
 from siamese_deploy.verifier import Embeddings
 
@@ -49,7 +49,7 @@ CREATE TABLE picture (
 );
 CREATE INDEX picture_of_identity ON picture (identity);
 CREATE TABLE free_slot (slot INTEGER PRIMARY KEY, wiped INTEGER NOT NULL);
-INSERT INTO change VALUES (0);
+INSERT INTO change VALUES (random());
 """
 _ROWS = (
     "SELECT slot, name, sha256, source, enrolled_utc, checksum, seal "
@@ -72,10 +72,21 @@ class StoredPicture:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Pictures of one identity to be enrolled."""
+
+    name: str
+    pictures: Sequence[StoredPicture]
+    vectors: Embeddings
+    """(n_pictures, dim) float32."""
+
+
+@dataclass(frozen=True)
 class Rows:
-    """All rows at one moment, by slot. About 20 bytes each, and the identities' names once."""
+    """All rows at one moment, by slot: 24 bytes each, and the identities' names once."""
 
     change: int
+    """Another number after every change."""
     slots: npt.NDArray[np.int64]
     """(n,) ascending."""
     identities: npt.NDArray[np.int64]
@@ -128,27 +139,29 @@ class Snapshot:
 
 
 class GalleryStore:
-    """One gallery folder. Safe with several threads and processes, also forked ones: nothing stays open in between.
+    """One gallery folder. Safe with several threads and processes: nothing stays open between two calls.
 
     Raises of every method:
-        IntegrityError: not a gallery, of a newer format, or damaged as a database.
+        IntegrityError: not a gallery, of a newer format, damaged as a database, or of another bundle.
         BusyError: another process held it for a minute.
         EnvironmentFault: disk full, not writable, or others may write into the folder.
+
+    Args:
+        bundle_digest: the bundle it has to be of, at every call; None for whichever it is.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, bundle_digest: str | None = None) -> None:
         if not (folder / DATABASE).exists():
             raise InputDataError(f"{folder}: is no gallery ({DATABASE} is missing); siamese gallery enrol makes one")
         self.folder = private_folder(folder)
-        with self._reading() as database:
-            self._model(database)
+        self.bundle_digest = bundle_digest
+        self.model()
 
     @classmethod
     def create(cls, folder: Path, bundle_digest: str, dim: int) -> GalleryStore:
         """Make an empty gallery, or open the one that is there."""
-        private_folder(folder)
         store = cls.__new__(cls)
-        store.folder = folder
+        store.folder, store.bundle_digest = private_folder(folder), bundle_digest
         with store._connected() as database:
             database.execute("BEGIN IMMEDIATE")
             if not database.execute("SELECT 1 FROM sqlite_master").fetchone():
@@ -156,11 +169,11 @@ class GalleryStore:
                 database.execute(f"PRAGMA user_version = {_FORMAT}")
                 for statement in filter(None, map(str.strip, _SCHEMA.split(";"))):
                     database.execute(statement)
-                store._name_model(database, bundle_digest, dim, new_vectors_name())
+                _name_model(database, bundle_digest, dim, new_vectors_name())
+                (folder / DATABASE).chmod(0o600)
             database.execute("COMMIT")
-        (folder / DATABASE).chmod(0o600)
         fsync_path(folder)
-        return cls(folder)
+        return cls(folder, bundle_digest)
 
     def model(self) -> tuple[str, int]:
         """Digest of the bundle that made the embeddings, and their dimension."""
@@ -172,40 +185,40 @@ class GalleryStore:
         with self._reading() as database:
             return _pictures(database, name)
 
-    def add(self, pictures: Sequence[StoredPicture], vectors: Embeddings, *, replace: Sequence[str] = ()) -> None:
-        """Add rows, all of them or none, on the disk when this returns.
+    def enrol(self, groups: Sequence[Group], *, add: bool = False, replace: bool = False) -> list[list[int] | str]:
+        """Add pictures of several identities, each whole or not at all; on the disk when this returns.
+
+        Pictures that are enrolled under the same name already are left alone, unless their row is damaged.
 
         Args:
-            vectors: (n, dim) float32, finite.
-            replace: identities whose earlier rows go in the same moment.
+            add: an identity that is enrolled may get new pictures.
+            replace: its earlier pictures go in the same moment.
 
-        Raises:
-            InputDataError: a picture is enrolled already.
-            IntegrityError: a vector is not finite.
+        Returns:
+            For each group the indices of its pictures that were enrolled, or the reason why it was refused.
         """
-        if not np.isfinite(vectors).all():
-            raise IntegrityError("an embedding is not finite (NaN or infinity); nothing was enrolled")
+        for group in groups:
+            if not np.isfinite(group.vectors).all():
+                raise IntegrityError("an embedding is not finite (NaN or infinity); nothing was enrolled")
+        self._announce_use_of_slots(sum(len(group.pictures) for group in groups))
+        outcomes: list[list[int] | str] = []
+        slots: list[int] = []
+        vectors: list[Embeddings] = []
         with self._writing() as database:
             _, dim, file = self._model(database)
-            if vectors.shape != (len(pictures), dim) or vectors.dtype != np.float32:
-                raise IntegrityError(f"embeddings: expected float32 ({len(pictures)}, {dim}), got {vectors.shape}")
-            for name in replace:
-                _free(database, name)
-            slots = _free_slots(database, len(pictures))
-            write_slots(self.folder / file, slots, vectors)
-            when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            for slot, picture, checksum in zip(slots, pictures, checksums(vectors), strict=True):
-                database.execute("INSERT OR IGNORE INTO identity (name) VALUES (?)", (picture.name,))
-                (identity,) = database.execute("SELECT id FROM identity WHERE name = ?", (picture.name,)).fetchone()
-                source, number = os.fsencode(picture.source), int(checksum.view(np.int64))
-                seal = _row_seal(slot, picture.name, picture.sha256, source, when, number)
-                try:
-                    row = (slot, identity, picture.sha256, source, when, number, seal)
-                    database.execute("INSERT INTO picture VALUES (?, ?, ?, ?, ?, ?, ?)", row)
-                except sqlite3.IntegrityError as error:
-                    raise InputDataError(f"{picture.source}: this picture is enrolled already") from error
+            with VectorFile(self.folder / file, dim) as stored:
+                for group in groups:
+                    outcome = _new_pictures(database, stored, group, add, replace)
+                    outcomes.append(outcome)
+                    if isinstance(outcome, list):
+                        slots += _insert(database, group, outcome)
+                        vectors += [group.vectors[k] for k in outcome]
+            if slots:
+                order = np.argsort(slots)
+                write_slots(self.folder / file, [slots[k] for k in order], np.stack([vectors[k] for k in order]))
         if replace:
             self._tidy_up()
+        return outcomes
 
     def remove(self, names: Sequence[str]) -> int:
         """Remove identities, all of them or none; their vectors are overwritten. Returns the number of rows.
@@ -215,18 +228,13 @@ class GalleryStore:
         """
         with self._writing() as database:
             removed = 0
-            for name in names:
+            for name in dict.fromkeys(names):
                 count = _free(database, name)
                 if not count:
                     raise InputDataError(f"{name}: no such identity in {self.folder}; nothing was removed")
                 removed += count
         self._tidy_up()
         return removed
-
-    def change(self) -> int:
-        """A number that grows with every change."""
-        with self._reading() as database:
-            return _change(database)
 
     @contextmanager
     def snapshot(self, known: Rows | None = None) -> Iterator[Snapshot]:
@@ -241,43 +249,58 @@ class GalleryStore:
             with VectorFile(self.folder / file, dim) as vectors:
                 yield Snapshot(rows, vectors, database)
 
-    def replace_model(self, bundle_digest: str, pictures: Sequence[StoredPicture], vectors: Embeddings) -> None:
+    def replace_model(
+        self, bundle_digest: str, change: int, pictures: Sequence[StoredPicture], vectors: Embeddings
+    ) -> None:
         """All rows anew, with another bundle's embeddings, in one moment.
 
         Args:
+            change: of the snapshot that `pictures` are from.
             vectors: (n, dim) float32 in the order of `pictures`.
 
         Raises:
-            BusyError: the rows have changed since `pictures` was read.
+            BusyError: the gallery has changed since.
         """
+        by_slot = sorted(range(len(pictures)), key=lambda k: pictures[k].slot)
+        vectors = vectors[by_slot]
         with self._writing() as database:
-            rows = database.execute("SELECT slot, sha256, identity FROM picture ORDER BY slot").fetchall()
-            row_of = {picture.sha256: k for k, picture in enumerate(pictures)}
-            if {sha256 for _, sha256, _ in rows} != set(row_of):
+            if _change(database) != change:
                 raise BusyError(f"{self.folder}: changed while its pictures were embedded again; run it once more")
             file = new_vectors_name()
-            order = [row_of[sha256] for _, sha256, _ in rows]
-            write_slots(self.folder / file, range(len(rows)), vectors[order])
-            self._name_model(database, bundle_digest, vectors.shape[1], file)
+            write_slots(self.folder / file, range(len(vectors)), vectors)
+            _name_model(database, bundle_digest, vectors.shape[1], file)
             database.execute("DELETE FROM free_slot")
-            for new, ((slot, _, _), k, checksum) in enumerate(
-                zip(rows, order, checksums(vectors[order]), strict=True)
-            ):  # ascending, and never upwards: no slot is taken twice on the way
+            # Ascending, and never upwards: no slot is taken twice on the way.
+            for slot, (k, checksum) in enumerate(zip(by_slot, checksums(vectors), strict=True)):
                 picture, number = pictures[k], int(checksum.view(np.int64))
-                seal = _row_seal(
-                    new, picture.name, picture.sha256, os.fsencode(picture.source), picture.enrolled_utc, number
-                )
-                database.execute(
-                    "UPDATE picture SET slot = ?, checksum = ?, seal = ? WHERE slot = ?", (new, number, seal, slot)
-                )
+                source = os.fsencode(picture.source)
+                seal = _seal(slot, picture.name, picture.sha256, source, picture.enrolled_utc, number)
+                values = (slot, number, seal, picture.slot)
+                database.execute("UPDATE picture SET slot = ?, checksum = ?, seal = ? WHERE slot = ?", values)
         self._tidy_up()
 
+    def _announce_use_of_slots(self, number: int) -> None:
+        """Freed slots that may be written to next count as not wiped from before that on: a killed writer, whose
+        transaction is undone, may have left something there."""
+        with self._connected() as database:
+            if database.execute("SELECT 1 FROM free_slot WHERE wiped").fetchone():
+                chosen = "SELECT slot FROM free_slot WHERE wiped ORDER BY slot LIMIT ?"
+                database.execute("BEGIN IMMEDIATE")
+                slots = database.execute(chosen, (number,)).fetchall()
+                database.executemany("UPDATE free_slot SET wiped = 0 WHERE slot = ?", slots)
+                database.execute("COMMIT")
+
     def _tidy_up(self) -> None:
-        with self._writing():
-            pass
+        try:
+            with self._writing():
+                pass
+        except (BusyError, EnvironmentFault) as error:
+            raise type(error)(
+                f"{error}; removed, but not yet overwritten on the disk: the next change does it"
+            ) from error
 
     def _tidy(self, database: sqlite3.Connection) -> None:
-        """Overwrite what freed slots hold, and remove files of other models; also what a killed writer left to do.
+        """Overwrite what freed slots hold, and remove what a killed writer left: rows behind the last, other files.
 
         Under the write lock, so that nobody takes such a slot meanwhile.
         """
@@ -285,6 +308,7 @@ class GalleryStore:
         slots = [slot for (slot,) in database.execute("SELECT slot FROM free_slot WHERE NOT wiped ORDER BY slot")]
         write_slots(self.folder / file, slots, np.zeros((len(slots), dim), np.float32))
         database.execute("UPDATE free_slot SET wiped = 1 WHERE NOT wiped")
+        cut_behind(self.folder / file, _end(database) * dim * 4)
         for path in self.folder.glob("vectors-*.f32"):
             if path.name != file:
                 path.unlink()
@@ -295,15 +319,18 @@ class GalleryStore:
         try:
             if path.exists() and path.stat().st_nlink > 1:
                 raise IntegrityError(f"{path}: has a second name (hard link), which SQLite does not survive; copy it")
-            # A connection for each piece of work: none is shared between threads or carried across a fork.
+            # A connection for each piece of work: threads share none.
             database = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+            # Where a flipped bit makes a text invalid, its seal tells.
+            database.text_factory = lambda data: data.decode("utf-8", "backslashreplace")
             try:
                 database.executescript(
                     "PRAGMA synchronous = EXTRA; PRAGMA secure_delete = ON; PRAGMA foreign_keys = ON"
                 )
+                # In this order: another process may be making it right now.
+                (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
                 (application,) = database.execute("PRAGMA application_id").fetchone()
                 (version,) = database.execute("PRAGMA user_version").fetchone()
-                tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
                 if tables and application != _APPLICATION_ID:
                     raise IntegrityError(f"{path}: is another program's database; choose another folder")
                 if version > _FORMAT:
@@ -311,6 +338,8 @@ class GalleryStore:
                 yield database
             finally:
                 database.close()  # rolls back what was not committed
+        except UnicodeDecodeError as error:  # SQLite quotes a damaged schema in its message
+            raise IntegrityError(f"{path}: damaged; restore it from a copy") from error
         except sqlite3.Error as error:
             raise _as_ours(path, error) from error
 
@@ -326,7 +355,8 @@ class GalleryStore:
             database.execute("BEGIN IMMEDIATE")
             self._tidy(database)
             yield database
-            database.execute("UPDATE change SET number = number + 1")
+            # Not counted up: a gallery made anew, or put back from a copy, must not meet a number again.
+            database.execute("UPDATE change SET number = random()")
             database.execute("COMMIT")
 
     def _model(self, database: sqlite3.Connection) -> tuple[str, int, str]:
@@ -334,69 +364,128 @@ class GalleryStore:
         if len(rows) != 1 or _seal(*rows[0][:3]) != rows[0][3]:
             raise IntegrityError(f"{self.folder / DATABASE}: damaged (model record); restore it from a copy")
         digest, dim, vectors, _ = rows[0]
+        if self.bundle_digest not in (None, digest):
+            raise IntegrityError(
+                f"{self.folder}: is enrolled with another bundle (expected {digest[:12]}, got "
+                f"{str(self.bundle_digest)[:12]}); use that one, or run: siamese gallery reembed"
+            )
         return digest, dim, vectors
 
-    def _name_model(self, database: sqlite3.Connection, bundle_digest: str, dim: int, vectors: str) -> None:
-        database.execute("DELETE FROM model")
-        record = (bundle_digest, dim, vectors)
-        database.execute("INSERT INTO model VALUES (?, ?, ?, ?)", (*record, _seal(*record)))
+
+def _new_pictures(
+    database: sqlite3.Connection, stored: VectorFile, group: Group, add: bool, replace: bool
+) -> list[int] | str:
+    """Indices of those to insert, or why none may be. Rows that give way to them are freed."""
+    new: dict[bytes, int] = {}
+    damaged: list[int] = []
+    for k, picture in enumerate(group.pictures):
+        row = database.execute(f"{_ROWS} WHERE sha256 = ?", (picture.sha256,)).fetchone()
+        if row is not None and row[1] != group.name:
+            return f"{picture.source or 'the picture'} is enrolled as {row[1]} already"
+        is_damaged = row is not None and (_seal(*row[:6]) != row[6] or stored.checksum(row[0]) != row[5])
+        if is_damaged:
+            damaged.append(row[0])
+        if row is None or is_damaged or replace:
+            new.setdefault(picture.sha256, k)
+    known = database.execute("SELECT 1 FROM identity WHERE name = ?", (group.name,)).fetchone()
+    if known and len(new) > len(damaged) and not (add or replace):
+        return f"is enrolled already; --add adds the {len(new)} new pictures, --replace takes them instead"
+    if replace and new:
+        _free(database, group.name)
+    else:
+        _free_slots(database, damaged)
+    return list(new.values())
+
+
+def _insert(database: sqlite3.Connection, group: Group, indices: Sequence[int]) -> list[int]:
+    """Rows for these of its pictures; gives their slots."""
+    if not indices:
+        return []
+    database.execute("INSERT OR IGNORE INTO identity (name) VALUES (?)", (group.name,))
+    (identity,) = database.execute("SELECT id FROM identity WHERE name = ?", (group.name,)).fetchone()
+    slots = _take_slots(database, len(indices))
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    for slot, k, checksum in zip(slots, indices, checksums(group.vectors[list(indices)]), strict=True):
+        picture, number = group.pictures[k], int(checksum.view(np.int64))
+        source = os.fsencode(picture.source)
+        seal = _seal(slot, group.name, picture.sha256, source, when, number)
+        row = (slot, identity, picture.sha256, source, when, number, seal)
+        database.execute("INSERT INTO picture VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+    return slots
 
 
 def _pictures(database: sqlite3.Connection, name: str | None) -> list[StoredPicture]:
+    rows = database.execute(f"{_ROWS} WHERE ? IS NULL OR name = ? ORDER BY name, slot", (name, name))
     return [
-        StoredPicture(str(row[1]), row[2], os.fsdecode(row[3]), row[4], row[0], _row_seal(*row[:6]) != row[6])
-        for row in database.execute(f"{_ROWS} WHERE ? IS NULL OR name = ? ORDER BY name, slot", (name, name))
+        StoredPicture(str(name), bytes(sha256), os.fsdecode(source or b""), str(when), slot, _seal(*row) != seal)
+        for *row, seal in rows
+        for slot, name, sha256, source, when, _ in [row]
     ]
 
 
 def _read_rows(database: sqlite3.Connection, change: int) -> Rows:
-    sound, damaged = [], 0
-    for slot, name, sha256, source, when, checksum, seal in database.execute(f"{_ROWS} ORDER BY slot"):
-        if _row_seal(slot, name, sha256, source, when, checksum) == seal:
-            sound.append((slot, name, checksum))
-        else:
-            damaged += 1
-    names = sorted({name for _, name, _ in sound})
-    index = {name: k for k, name in enumerate(names)}
+    (count,) = database.execute("SELECT count(*) FROM picture").fetchone()
+    slots, identities, numbers = (np.empty(count, np.int64) for _ in range(3))
+    index: dict[str, int] = {}
+    n_sound = 0
+    for *row, seal in database.execute(f"{_ROWS} ORDER BY slot"):
+        if _seal(*row) != seal:
+            continue
+        slots[n_sound], numbers[n_sound] = row[0], row[5]
+        identities[n_sound] = index.setdefault(row[1], len(index))
+        n_sound += 1
+    names = sorted(index)
+    place = np.empty(len(names), np.int64)
+    place[[index[name] for name in names]] = np.arange(len(names))
     return Rows(
         change,
-        np.array([slot for slot, _, _ in sound], np.int64),
-        np.array([index[name] for _, name, _ in sound], np.int64),
-        np.array([checksum for _, _, checksum in sound], np.int64).view(np.uint64),
+        slots[:n_sound],
+        place[identities[:n_sound]],
+        numbers[:n_sound].view(np.uint64),
         tuple(names),
-        damaged,
+        count - n_sound,
     )
 
 
 def _change(database: sqlite3.Connection) -> int:
     (number,) = database.execute("SELECT number FROM change").fetchone()
-    return int(number)
+    return number if isinstance(number, int) else 0
+
+
+def _name_model(database: sqlite3.Connection, bundle_digest: str, dim: int, vectors: str) -> None:
+    database.execute("DELETE FROM model")
+    record = (bundle_digest, dim, vectors)
+    database.execute("INSERT INTO model VALUES (?, ?, ?, ?)", (*record, _seal(*record)))
 
 
 def _free(database: sqlite3.Connection, name: str) -> int:
     query = "SELECT slot FROM picture JOIN identity ON identity.id = picture.identity WHERE name = ?"
-    slots = database.execute(query, (name,)).fetchall()
-    database.executemany("DELETE FROM picture WHERE slot = ?", slots)
+    slots = [slot for (slot,) in database.execute(query, (name,))]
+    _free_slots(database, slots)
     database.execute("DELETE FROM identity WHERE name = ?", (name,))
-    database.executemany("INSERT INTO free_slot VALUES (?, 0)", slots)
     return len(slots)
 
 
-def _free_slots(database: sqlite3.Connection, number: int) -> list[int]:
+def _free_slots(database: sqlite3.Connection, slots: Sequence[int]) -> None:
+    values = [(slot,) for slot in slots]
+    database.executemany("DELETE FROM picture WHERE slot = ?", values)
+    database.executemany("INSERT INTO free_slot VALUES (?, 0)", values)
+
+
+def _take_slots(database: sqlite3.Connection, number: int) -> list[int]:
     """Slots that no row names: wiped ones first, then behind the last."""
+    end = _end(database)
     query = "SELECT slot FROM free_slot WHERE wiped ORDER BY slot LIMIT ?"
     slots = [slot for (slot,) in database.execute(query, (number,))]
     database.executemany("DELETE FROM free_slot WHERE slot = ?", [(slot,) for slot in slots])
-    (end,) = database.execute(
-        "SELECT 1 + max((SELECT coalesce(max(slot), -1) FROM picture), (SELECT coalesce(max(slot), -1) FROM free_slot),"
-        " ?)",
-        (max(slots, default=-1),),
-    ).fetchone()
     return slots + list(range(end, end + number - len(slots)))
 
 
-def _row_seal(slot: int, name: str, sha256: bytes, source: bytes, when: str, checksum: int) -> bytes:
-    return _seal(slot, name, sha256, source, when, checksum)
+def _end(database: sqlite3.Connection) -> int:
+    """The first slot behind all that are or were used."""
+    query = "SELECT max(coalesce((SELECT max(slot) FROM picture), -1), coalesce((SELECT max(slot) FROM free_slot), -1))"
+    (last,) = database.execute(query).fetchone()
+    return int(last) + 1
 
 
 def _seal(*values: object) -> bytes:
@@ -409,5 +498,5 @@ def _as_ours(path: Path, error: sqlite3.Error) -> Exception:
     if "locked" in text or "busy" in text:
         return BusyError(f"{path}: another process has held it for {_BUSY_S:.0f} s; try again")
     if any(word in text for word in ("full", "readonly", "unable to open", "disk I/O", "permission")):
-        return EnvironmentFault(f"{path}: {text}; nothing was changed")
+        return EnvironmentFault(f"{path}: {text}")
     return IntegrityError(f"{path}: damaged or no gallery ({text}); restore it from a copy")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from siamese_deploy.durable_files import fsync_path
+from siamese_deploy.errors import EnvironmentFault, IntegrityError
 from siamese_deploy.verifier import Embeddings
 
 
@@ -26,7 +29,7 @@ class VectorFile:
         self.dim = dim
 
     def __enter__(self) -> VectorFile:
-        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW) if self.path.exists() else -1
+        self._descriptor = _opened(self.path, os.O_RDONLY) if os.path.lexists(self.path) else -1
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -44,12 +47,23 @@ class VectorFile:
             done += count
         into.reshape(-1).view(np.uint8)[done:] = 0
 
+    def checksum(self, slot: int) -> int:
+        """Of one vector, as SQLite keeps it (signed)."""
+        vector = np.empty((1, self.dim), np.float32)
+        self.read(slot, vector)
+        return int(checksums(vector)[0].view(np.int64))
+
 
 def write_slots(path: Path, slots: Sequence[int], vectors: Embeddings) -> None:
-    """Write (n, dim) float32 vectors to their slots, and wait until they are on the disk."""
+    """Write (n, dim) float32 vectors to their slots (ascending), and wait until they are on the disk.
+
+    Raises:
+        EnvironmentFault: disk full and the like.
+        IntegrityError: `path` is no plain file.
+    """
     if not len(slots):
         return
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    descriptor = _opened(path, os.O_WRONLY | os.O_CREAT)
     try:
         start = 0
         while start < len(slots):  # neighbours in one write
@@ -63,9 +77,34 @@ def write_slots(path: Path, slots: Sequence[int], vectors: Embeddings) -> None:
                 data, offset = data[written:], offset + written
             start = end
         os.fsync(descriptor)
+        fsync_path(path.parent)
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: {error.strerror}; nothing was enrolled or changed by this step") from error
     finally:
         os.close(descriptor)
-    fsync_path(path.parent)
+
+
+def cut_behind(path: Path, size_bytes: int) -> None:
+    """Make the file no longer than that."""
+    if path.exists() and path.stat().st_size > size_bytes:
+        descriptor = _opened(path, os.O_WRONLY)
+        try:
+            os.ftruncate(descriptor, size_bytes)
+        finally:
+            os.close(descriptor)
+
+
+def _opened(path: Path, flags: int) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise IntegrityError(f"{path}: is a link or a folder, expected a plain file; put the file back") from error
+        raise EnvironmentFault(f"{path}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise IntegrityError(f"{path}: expected a plain file; put the file back")
+    return descriptor
 
 
 def checksums(vectors: Embeddings) -> npt.NDArray[np.uint64]:

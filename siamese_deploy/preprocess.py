@@ -112,6 +112,8 @@ def read_picture_file(source: str | os.PathLike[str]) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise ImageError(path, f"cannot be opened ({error.strerror})") from error
+    except ValueError as error:
+        raise ImageError(path, f"cannot be opened ({error})") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)

@@ -13,6 +13,7 @@ import ctypes
 import io
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +46,7 @@ _SESSION_CONFIG = {
     # Bytes that could also be read as ONNX Runtime's own format, which nobody has checked, are read as ONNX.
     "session.load_model_format": "ONNX",
 }
+_QUIET = threading.RLock()
 _LIBRARY = {"cuda": "libonnxruntime_providers_cuda.so", "tensorrt": "libonnxruntime_providers_tensorrt.so"}
 
 
@@ -228,12 +230,13 @@ def _why_unavailable(provider: str) -> tuple[str, str] | None:
 @contextlib.contextmanager
 def _quiet(ort: ModuleType) -> Iterator[None]:
     """ONNX Runtime's chatter off stdout (it uses print) and off stderr (its native log); our error says it instead."""
-    ort.set_default_logger_severity(4)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        ort.set_default_logger_severity(2)
+    with _QUIET:  # stdout and the level are the process's: two threads would put back each other's
+        ort.set_default_logger_severity(4)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                yield
+        finally:
+            ort.set_default_logger_severity(2)
 
 
 def _line(error: Exception) -> str:

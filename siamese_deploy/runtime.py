@@ -234,7 +234,8 @@ class OnnxVerifier:
             IntegrityError: a score is NaN, as embeddings that are not finite give.
         """
         dim = self.embedding_dim
-        rows = {len(left), len(right)} - {1}
+        left, right = np.asarray(left), np.asarray(right)
+        rows = {len(left), len(right)} - {1} if left.ndim and right.ndim else set()
         for side in (left, right):
             if side.dtype != np.float32 or side.ndim != 2 or side.shape[1] != dim or len(rows) > 1:
                 raise UsageError(

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from siamese_deploy.cli.command import PATH, Command
-from siamese_deploy.cli.runtime_options import RuntimeOptions, describe, report_cache, runtime_options
+from siamese_deploy.cli.runtime_options import (
+    RuntimeOptions,
+    describe,
+    report_cache,
+    runtime_options,
+    tell_provider,
+    warn_of_cache,
+)
 from siamese_deploy.cli.verify import NO_MATCH, check_threshold
 from siamese_deploy.errors import InputDataError, UsageError, one_line
 
@@ -98,8 +105,8 @@ def list_command(gallery: Path, as_json: bool) -> None:
 
     store = GalleryStore(gallery)
     digest, dim = store.model()
-    pictures = store.pictures()
     with store.snapshot() as snapshot:
+        pictures = snapshot.pictures()
         sound = {int(slot) for row, _ in snapshot.sound_vectors() for slot in snapshot.rows.slots[row]}
     damaged = {picture.slot for picture in pictures if picture.damaged or picture.slot not in sound}
     if as_json:
@@ -162,7 +169,8 @@ def identify(
     check_threshold(threshold)
     from siamese_deploy.gallery import Gallery
 
-    verifier = runtime.open_verifier(runtime.open_cache())
+    cache = runtime.open_cache()
+    verifier = runtime.open_verifier(cache)
     found = Gallery(gallery, verifier).identify(picture, threshold=threshold, min_margin=margin, **how)
     if as_json:
         click.echo(json.dumps(_as_json(found, verifier.model_digest, verifier.provider), indent=2))
@@ -171,8 +179,10 @@ def identify(
             click.echo(one_line(f"{candidate.score:.4f}  {candidate.name}  ({candidate.pictures} pictures)"))
         ahead = "" if found.margin is None else f", margin {found.margin:.4f}"
         name = "" if found.name is None else f" {found.name}"
-        empty = "" if found.candidates else " (the gallery is empty)"
+        empty = "" if found.candidates or found.damaged else " (the gallery is empty)"
         click.echo(one_line(f"{found.decision}{name}{empty}: threshold {found.threshold:.4f}{ahead}"))
+    tell_provider(verifier)
+    warn_of_cache(cache)
     if found.damaged:
         text = f"warning: {found.damaged} rows of {gallery} are damaged and were not compared; see siamese gallery list"
         click.echo(one_line(text), err=True)

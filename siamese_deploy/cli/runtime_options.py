@@ -100,9 +100,19 @@ def describe(verifier: OnnxVerifier) -> str:
     return one_line(f"provider: {verifier.provider} ({'; '.join(notes)})")
 
 
+def tell_provider(verifier: OnnxVerifier) -> None:
+    """On stderr, for commands whose stdout is an answer; nothing where the CPU was asked for by name."""
+    if verifier.provider_note or verifier.provider != "cpu":
+        click.echo(describe(verifier), err=True)
+
+
 def report_cache(cache: EmbeddingCache | None) -> None:
     """What the cache has saved, on stdout, and why it gave up, on stderr."""
     if cache is not None and cache.hits:
         click.echo(f"from the cache: {cache.hits} of {cache.hits + cache.misses} embeddings")
+    warn_of_cache(cache)
+
+
+def warn_of_cache(cache: EmbeddingCache | None) -> None:
     if cache is not None and cache.warning:
         click.echo(one_line(cache.warning), err=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from siamese_deploy.cli.command import PATH, Command
-from siamese_deploy.cli.runtime_options import RuntimeOptions, runtime_options
+from siamese_deploy.cli.runtime_options import RuntimeOptions, runtime_options, tell_provider, warn_of_cache
 from siamese_deploy.errors import UsageError, one_line
 
 NO_MATCH = 10
@@ -26,12 +26,15 @@ def main(left: Path, right: Path, runtime: RuntimeOptions, threshold: float | No
     open_the_gate` is safe.
     """
     check_threshold(threshold)
-    verifier = runtime.open_verifier(runtime.open_cache())
+    cache = runtime.open_cache()
+    verifier = runtime.open_verifier(cache)
     score = verifier.compare(left, right)
     if threshold is None:
         threshold = verifier.threshold
     match = score >= threshold
     click.echo(one_line(f"{'match' if match else 'no match'}: score {score:.4f}, threshold {threshold:.4f}"))
+    tell_provider(verifier)
+    warn_of_cache(cache)
     if not match:
         sys.exit(NO_MATCH)
 

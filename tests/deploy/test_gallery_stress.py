@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from siamese_deploy.gallery_store import GalleryStore
@@ -21,12 +22,12 @@ _WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from siamese_deploy.gallery_store import GalleryStore, StoredPicture
+from siamese_deploy.gallery_store import GalleryStore, Group, StoredPicture
 store, first = GalleryStore.create(Path(sys.argv[1]), "digest", 32), int(sys.argv[2])
 print("ready", flush=True)
 for k in range(first, first + 100_000):
     rows = [StoredPicture(f"id{k}", f"{k} {n}".encode().ljust(32), "") for n in range(3)]
-    store.add(rows, np.full((3, 32), k, np.float32))
+    assert store.enrol([Group(f"id{k}", rows, np.full((3, 32), k + 1, np.float32))]) == [[0, 1, 2]]
     print("enrolled", k, flush=True)
     if k % 5 == 4 and k > first:
         store.remove([f"id{k - 1}"])
@@ -41,18 +42,19 @@ def _kill_writers(folder: Path, kills: int) -> None:
     chance = random.Random(0)  # noqa: S311 - when to kill
     first = 0
     for _ in range(kills):
-        child = subprocess.Popen(
-            [sys.executable, "-c", _WRITER, str(folder), str(first)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
+        command = [sys.executable, "-c", _WRITER, str(folder), str(first)]
+        # Unbuffered: `communicate` does not see what `readline` has read ahead.
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
         assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        time.sleep(chance.random() * 0.06)
+        assert child.stdout.readline() == b"ready\n"
+        lines = [child.stdout.readline() for _ in range(chance.randint(0, 4))]
+        time.sleep(chance.random() * 0.01)  # less than an enrolment takes
         child.send_signal(signal.SIGKILL)
         stdout, stderr = child.communicate()
-        assert stderr == ""
+        stdout = b"".join(lines) + stdout
+        assert stderr == b""
         last = first - 1
-        for line in stdout.splitlines(keepends=True):
+        for line in stdout.decode().splitlines(keepends=True):
             if not line.endswith("\n"):
                 continue
             what, k = line.split()
@@ -67,7 +69,7 @@ def _kill_writers(folder: Path, kills: int) -> None:
         for row, vectors in snapshot.sound_vectors():
             for index, vector in zip(row, vectors, strict=True):
                 k = int(snapshot.rows.names[snapshot.rows.identities[index]].removeprefix("id"))
-                assert (vector == k).all()
+                assert (vector == k + 1).all()
                 found[k] = found.get(k, 0) + 1
         assert sum(found.values()) == len(snapshot.rows.slots)  # no row without its vector
     assert set(found.values()) <= {3}
@@ -75,6 +77,11 @@ def _kill_writers(folder: Path, kills: int) -> None:
         assert (k in found) == there or k in maybe, k
     assert set(found) <= set(acknowledged) | maybe
     assert len(acknowledged) > kills / 2, "killed before anything was enrolled"
+    store.remove([snapshot.rows.names[0]])  # the next writer, whoever it is, wipes what the killed ones left
+    used = {picture.slot for picture in store.pictures()}
+    (file,) = folder.glob("vectors-*.f32")
+    vectors = np.fromfile(file, np.float32).reshape(-1, 32)
+    assert {slot for slot in range(len(vectors)) if vectors[slot].any()} == used
 
 
 def test_a_killed_enrolment_leaves_what_it_acknowledged(tmp_path: Path) -> None:

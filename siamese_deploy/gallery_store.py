@@ -83,7 +83,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows at one moment, by slot: 24 bytes each, and the identities' names once."""
+    """All rows at one moment, by slot: 24 bytes each, and the identities' names."""
 
     change: int
     """Another number after every change."""

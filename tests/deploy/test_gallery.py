@@ -4,8 +4,6 @@ import os
 import random
 import shutil
 import sqlite3
-import subprocess
-import sys
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -497,37 +495,6 @@ def test_threads_share_one_gallery(gallery: Gallery, pictures: Path) -> None:
         jobs = [(name, threads.submit(gallery.identify, pictures / name / "3.png", top=9)) for name in CLASSES * 4]
         for name, job in jobs:
             assert job.result() == expected[name]
-
-
-def test_processes_lose_no_update(gallery: Gallery) -> None:
-    """Four writers at once on one gallery, each enrolling and removing names of its own."""
-    code = """
-import sys
-from pathlib import Path
-import numpy as np
-from siamese_deploy.gallery_store import GalleryStore, Group, StoredPicture
-store, who = GalleryStore(Path(sys.argv[1])), sys.argv[2]
-dim = store.model()[1]
-for k in range(18):
-    vector = np.full((1, dim), int(who) * 1000 + k, np.float32)
-    store.enrol([Group(f"{who}-{k}", [StoredPicture(f"{who}-{k}", f"{who} {k}".encode().ljust(32), "")], vector)])
-    if k % 3 == 2:
-        store.remove([f"{who}-{k - 1}"])
-"""
-    command = [sys.executable, "-c", code, str(gallery.store.folder)]
-    children = [subprocess.Popen([*command, str(who)], stderr=subprocess.PIPE, text=True) for who in range(4)]
-    for child in children:
-        assert child.communicate(timeout=120)[1] == ""
-    kept = {f"{who}-{k}" for who in range(4) for k in range(18) if k % 3 != 1}
-    assert {p.name for p in gallery.store.pictures()} == kept | set(CLASSES)
-    with gallery.store.snapshot() as snapshot:
-        found = {}
-        for row, vectors in snapshot.sound_vectors():
-            for k, vector in zip(row, vectors, strict=True):
-                found[snapshot.rows.names[snapshot.rows.identities[k]]] = float(vector[0])
-    for name in kept:
-        who, k = map(int, name.split("-"))
-        assert found[name] == who * 1000 + k
 
 
 @given(st.integers(1, 6), st.integers(1, 33), st.data())

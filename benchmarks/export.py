@@ -140,6 +140,12 @@ def randomise(network: SiameseNetwork) -> None:
             module.weight.uniform_(0.8, 1.2)
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.8, 1.2)
+        # What torchvision starts at nothing, so that nothing would be compared: ViT's last layer, ConvNeXt's blocks.
+        if isinstance(module, torch.nn.Linear) and not module.weight.any():
+            module.weight.normal_(0, 0.02)
+        scale = getattr(module, "layer_scale", None)
+        if isinstance(scale, torch.nn.Parameter):
+            scale.uniform_(0.05, 0.2)
 
 
 @main.command()

@@ -46,6 +46,7 @@ _SESSION_CONFIG = {
     # Bytes that could also be read as ONNX Runtime's own format, which nobody has checked, are read as ONNX.
     "session.load_model_format": "ONNX",
 }
+_LARGE_GRAPH_BYTES = 2**30
 _QUIET = threading.RLock()
 _LIBRARY = {"cuda": "libonnxruntime_providers_cuda.so", "tensorrt": "libonnxruntime_providers_tensorrt.so"}
 
@@ -120,6 +121,9 @@ def open_session(
     elif profile_into:
         session_options.enable_profiling = True
         session_options.profile_file_prefix = str(Path(profile_into) / name)
+    if len(graph) > _LARGE_GRAPH_BYTES:  # the arena doubles what it asks for, and keeps it
+        session_options.enable_cpu_mem_arena = False
+        session_options.enable_mem_pattern = False
     limit = {} if gpu_memory_bytes is None else {"gpu_mem_limit": str(gpu_memory_bytes)}
     asked: list[tuple[str, dict[str, str]]] = [(ORT_NAMES[provider], {**_OPTIONS[provider], **(options or {})})]
     if provider == "tensorrt":  # what TensorRT does not take still stays on the GPU

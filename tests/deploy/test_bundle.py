@@ -205,3 +205,12 @@ def test_manifest_is_readable_json_for_people(tiny_bundle: Path) -> None:
     assert manifest["format"] == "siamese-bundle/1"
     assert manifest["preprocess"]["size_hw"] == [24, 32]
     assert manifest["threshold"] == {"value": 0.5, "origin": "test"}
+
+
+def test_a_graph_is_looked_at_before_anybody_runs_it(tmp_path: Path) -> None:
+    """Hashes that are right do not make it harmless."""
+    bundle = make_bundle()
+    training_info = b"\xa2\x01\x00"
+    replace(bundle, head=bundle.head + training_info).write(tmp_path / "bundle")
+    with pytest.raises(BundleError, match=r"head\.onnx.*train"):
+        read_bundle(tmp_path / "bundle")

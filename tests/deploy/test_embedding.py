@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_bundle import DIM
 
 from siamese_deploy import OnnxVerifier
-from siamese_deploy.embedding import BATCH_SIZE, SCORE_CHUNK_PAIRS, embed_images, score_pairs
+from siamese_deploy.embedding import BATCH_SIZE, SCORE_CHUNK_PAIRS, embed_images, embed_pictures, score_pairs
+from siamese_deploy.embedding_cache import EmbeddingCache
 from siamese_deploy.errors import InputDataError, IntegrityError
 from siamese_deploy.image_folder import scan_image_folder
 from siamese_deploy.pairs import Pairs, sample_pairs
@@ -90,3 +93,39 @@ def test_nothing_to_embed_is_said(verifier: OnnxVerifier, pictures: Path) -> Non
     folder = scan_image_folder(pictures)
     with pytest.raises(InputDataError, match="none of 0 pictures can be read"):
         embed_images(verifier, folder, np.arange(0))
+
+
+def test_a_known_picture_is_neither_decoded_nor_embedded(
+    verifier: OnnxVerifier, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, images = scan_image_folder(pictures), np.arange(16)
+    cache = EmbeddingCache(tmp_path / "cache")
+    first = embed_images(verifier, folder, images, cache=cache)
+
+    def never(*_: object) -> None:
+        raise AssertionError("not needed")
+
+    monkeypatch.setattr("siamese_deploy.embedding.decode_bytes", never)
+    monkeypatch.setattr(verifier, "embed", never)
+    second = embed_images(verifier, folder, images, cache=cache)
+    assert np.array_equal(first.vectors, second.vectors)
+    assert np.array_equal(first.row_of_image, second.row_of_image)
+
+
+@pytest.mark.parametrize("position", [0, 40, 299])
+def test_pictures_are_kept_also_where_a_run_ends_early(
+    verifier: OnnxVerifier, pictures: Path, tmp_path: Path, position: int
+) -> None:
+    data = [np.random.RandomState(k).randint(0, 256, (24, 32, 3)).astype(np.uint8) for k in range(300)]
+    files = []
+    for pixels in data:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "bmp")
+        files.append(buffer.getvalue())
+    cache = EmbeddingCache(tmp_path / "cache")
+    done = 0
+    for batch in embed_pictures(verifier, files, cache=cache):
+        done += len(batch)
+        if done > position:
+            break
+    assert cache.stat().records == done

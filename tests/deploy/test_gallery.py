@@ -161,8 +161,10 @@ def test_somebody_who_matches_another_is_told(gallery: Gallery, pictures: Path, 
     gallery.verifier.bundle = replace(
         gallery.verifier.bundle, manifest=replace(gallery.verifier.bundle.manifest, threshold=0.0)
     )
+    alone = Gallery(tmp_path / "alone", gallery.verifier, create=True)
     try:
         told = gallery.enrol("incognito", [tmp_path / "again.bmp"]).doubles
+        assert alone.enrol("me", [pictures / "apple/0.png", tmp_path / "again.bmp"]).doubles == []  # only oneself
     finally:
         gallery.verifier.bundle = make_bundle()
     assert len(told) == 1
@@ -178,6 +180,12 @@ def test_any_picture_can_be_enrolled_once(gallery: Gallery, pictures: Path) -> N
     assert gallery.verify(probe, "array").score == gallery.verifier.compare(probe, image)
     with pytest.raises(ImageError, match="too small"):
         gallery.identify(np.zeros((4, 4, 3), np.uint8))
+
+
+def test_the_bytes_of_a_file_are_that_file(gallery: Gallery, pictures: Path) -> None:
+    data = (pictures / "apple/0.png").read_bytes()
+    for same in (data, bytearray(data), memoryview(data)):
+        assert gallery.enrol("apple", [same]).pictures == 0  # type: ignore[list-item]
 
 
 def test_removed_is_gone_from_the_disk_too(gallery: Gallery, pictures: Path) -> None:
@@ -221,6 +229,13 @@ def test_replaced_is_gone_from_the_disk_too(gallery: Gallery, pictures: Path) ->
     gallery.enrol("apple", [pictures / "apple/3.png"], replace=True, doubles=False)
     for vector in old:
         assert vector not in vectors_file(gallery).read_bytes()
+
+
+def test_a_replacement_writes_beside_what_it_replaces(gallery: Gallery, pictures: Path) -> None:
+    """Until it is committed, the old rows must be whole."""
+    before = {picture.slot for picture in gallery.store.pictures()}
+    gallery.enrol("apple", [pictures / f"apple/{k}.png" for k in range(3)], replace=True, doubles=False)
+    assert {picture.slot for picture in gallery.store.pictures("apple")} & before == set()
 
 
 def test_a_damaged_picture_can_be_enrolled_again(gallery: Gallery, pictures: Path) -> None:
@@ -301,6 +316,8 @@ def test_a_vector_file_cut_short_is_no_crash(gallery: Gallery, pictures: Path) -
         "UPDATE picture SET identity = 2 WHERE identity = 1",
         "UPDATE picture SET checksum = checksum + 1 WHERE identity = 1",
         "UPDATE picture SET slot = slot + 1000 WHERE identity = 1",
+        "UPDATE picture SET enrolled_utc = CAST(x'32fe30' AS TEXT) WHERE identity = 1",  # not UTF-8
+        "UPDATE picture SET enrolled_utc = x'ff' WHERE identity = 1",
     ],
 )
 def test_a_changed_record_is_never_matched(gallery: Gallery, pictures: Path, damage: str) -> None:
@@ -335,6 +352,7 @@ def test_of_another_bundle_is_refused_until_embedded_again(gallery: Gallery, pic
         expected = max(other.compare(pictures / name / "3.png", pictures / name / f"{k}.png") for k in range(3))
         assert again.verify(pictures / name / "3.png", name).score == expected
     assert again.identify(pictures / "door/3.png").damaged == 0
+    assert vectors_file(again).stat().st_size == 9 * 4 * other.embedding_dim  # the only one
     with pytest.raises(IntegrityError, match="another bundle"):
         Gallery(gallery.store.folder, gallery.verifier)
     for stale in (lambda: gallery.identify(pictures / "door/3.png"), lambda: gallery.enrol("x", [tmp_path / "t.png"])):
@@ -390,10 +408,10 @@ def test_what_is_no_gallery_stays_as_it_is(tmp_path: Path, verifier: OnnxVerifie
     sqlite3.connect(foreign / DATABASE).execute("CREATE TABLE theirs (x)").connection.close()
     (tmp_path / "text").mkdir(mode=0o700)
     (tmp_path / "text" / DATABASE).write_text("not a database, whatever its name says" * 100)
-    for folder in (foreign, tmp_path / "text"):
+    for folder, words in ((foreign, "is another program's database"), (tmp_path / "text", "no gallery")):
         before = (folder / DATABASE).read_bytes()
         for create in (False, True):
-            with pytest.raises(IntegrityError, match=r"another program's|no gallery"):
+            with pytest.raises(IntegrityError, match=words):
                 Gallery(folder, verifier, create=create)
         assert (folder / DATABASE).read_bytes() == before
     database = sqlite3.connect(gallery.store.folder / DATABASE)

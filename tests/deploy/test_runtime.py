@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +140,15 @@ def test_onnxruntime_tells_nobody(pictures: Path, tiny_bundle: Path, tmp_path: P
     assert list((tmp_path / "home").rglob("*")) == []
 
 
+def test_opened_in_several_threads_at_once(tiny_bundle: Path) -> None:
+    """ONNX Runtime's chatter is kept off stdout while a session is opened; stdout belongs to all threads."""
+    stdout = sys.stdout
+    with ThreadPoolExecutor(4) as threads:
+        opened = list(threads.map(lambda _: OnnxVerifier(tiny_bundle, provider="cpu", threads=1), range(24)))
+    assert sys.stdout is stdout
+    assert len({verifier.model_digest for verifier in opened}) == 1
+
+
 def test_a_picture_is_the_same_however_it_comes(verifier: OnnxVerifier, pictures: Path, tmp_path: Path) -> None:
     path = tmp_path / "turned.jpg"
     image = Image.open(pictures / "apple/0.png").convert("RGB")
@@ -153,6 +163,9 @@ def test_a_picture_is_the_same_however_it_comes(verifier: OnnxVerifier, pictures
         for same in (str(path), path.read_bytes(), opened, upright, np.asarray(upright)):
             assert verifier.compare(same, other) == expected
             assert verifier.compare(other, same) == expected
+    for _ in range(5):
+        with Image.open(path) as unread:  # two threads may not read it at once
+            assert verifier.compare(unread, unread) == verifier.compare(path, path)
     grey = np.asarray(image.convert("L"))
     assert verifier.compare(grey, other) == verifier.compare(np.stack([grey] * 3, axis=2), other)
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(pictures / "apple/0.png").convert("RGB")))
@@ -166,6 +179,7 @@ def test_a_picture_is_the_same_however_it_comes(verifier: OnnxVerifier, pictures
         (np.zeros((0, 0, 3), np.uint8), ImageError, "too small"),
         (7, UsageError, "got int"),
         (b"", ImageError, "empty"),
+        ("a\0b.png", ImageError, "null byte"),
         (b"not a picture", ImageError, "not a picture of a supported format"),
         (Image.new("F", (40, 40)), ImageError, "no defined range"),
     ],

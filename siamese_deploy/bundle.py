@@ -13,7 +13,7 @@ import json
 import os
 import stat
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,7 +85,7 @@ class Bundle:
     backbone: bytes = field(repr=False)
     head: bytes = field(repr=False)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over graphs, pre-processing and precision: all that decides an answer, and nothing else."""
         return _sha256(

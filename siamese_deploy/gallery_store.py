@@ -29,7 +29,7 @@ from siamese_deploy.private_folder import private_folder
 from siamese_deploy.verifier import Embeddings
 
 DATABASE = "gallery.sqlite"
-CHUNK_ROWS = 8192
+CHUNK_ROWS = 2048
 """Vectors in memory at a time."""
 _APPLICATION_ID = 0x53474C59  # "SGLY"
 _FORMAT = 1

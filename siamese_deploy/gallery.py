@@ -291,8 +291,9 @@ class Gallery:
                 wanted = rows.identities == (rows.names.index(only) if only in rows.names else -1)
             if only is None and self._device_bytes:
                 on_device = self._placed(snapshot)
+                asked = self.verifier.place(query[None])
                 for row, placed in on_device.chunks:
-                    scores[row] = self.verifier.score_placed(query[None], placed)
+                    scores[row] = self.verifier.score_placed(asked, placed)
                 wanted = np.arange(len(scores)) >= on_device.n_rows
             for row, vectors in snapshot.sound_vectors(wanted):
                 scores[row] = self.verifier.score(query[None], vectors)

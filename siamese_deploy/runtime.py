@@ -29,7 +29,7 @@ from siamese_deploy.embedding_cache import EmbeddingCache
 from siamese_deploy.engine_cache import default_engine_root, engine_folder, prune_engines
 from siamese_deploy.errors import BundleError, ImageError, IntegrityError, ProviderError, UsageError
 from siamese_deploy.gpu import gpu_identity
-from siamese_deploy.preprocess import Picture, Preprocess
+from siamese_deploy.preprocess import Picture, Preprocess, load_image
 from siamese_deploy.providers import (
     import_onnxruntime,
     nodes_by_provider,
@@ -255,13 +255,36 @@ class OnnxVerifier:
 
         return np.concatenate(self._in_parts(run, n_pairs, self._max_pairs or n_pairs))
 
+    @property
+    def _device(self) -> str:
+        return "cpu" if self.provider == "cpu" else "cuda"
+
     def place(self, embeddings: Embeddings) -> Any:
         """(P, dim) float32 -> an onnxruntime.OrtValue where the head runs, to be scored repeatedly without a copy."""
-        device = "cpu" if self.provider == "cpu" else "cuda"
-        return import_onnxruntime().OrtValue.ortvalue_from_numpy(embeddings, device, 0)
+        return import_onnxruntime().OrtValue.ortvalue_from_numpy(embeddings, self._device, 0)
 
-    def score_placed(self, query: Embeddings, placed: Any) -> Scores:
-        """(1, dim) float32 and what `place` gave -> (P,) float32 in [0, 1].
+    def embed_placed(self, images: Images) -> Any:
+        """(N, H, W, 3) uint8, N from 1 to `max_batch` -> what `place` gives of their embeddings, which stay there.
+
+        Raises:
+            IntegrityError: an embedding is not finite.
+            ProviderError: as of any run.
+        """
+
+        def run(outputs: list[str], inputs: dict[str, Any]) -> list[Any]:
+            binding = self._backbone.io_binding()
+            binding.bind_cpu_input(IMAGES, inputs[IMAGES])
+            binding.bind_output(outputs[0], self._device)
+            self._backbone.run_with_iobinding(binding)
+            return list(binding.get_outputs())
+
+        placed = run_session(run, EMBEDDINGS, {IMAGES: np.ascontiguousarray(images)}, self.provider)
+        if not np.isfinite(placed.numpy()).all():
+            raise IntegrityError("the network gives no finite embedding (NaN or infinity)")
+        return placed
+
+    def score_placed(self, left: Any, right: Any) -> Scores:
+        """What `place` or `embed_placed` gave, (P, dim) or (1, dim) on either side -> (P,) float32 in [0, 1].
 
         Raises:
             IntegrityError: a score is NaN.
@@ -270,13 +293,13 @@ class OnnxVerifier:
 
         def run(outputs: list[str], inputs: dict[str, Any]) -> list[Any]:
             binding = self._head.io_binding()
-            binding.bind_cpu_input(LEFT, inputs[LEFT])
-            binding.bind_ortvalue_input(RIGHT, inputs[RIGHT])
+            for name, value in inputs.items():
+                binding.bind_ortvalue_input(name, value)
             binding.bind_output(outputs[0], "cpu")
             self._head.run_with_iobinding(binding)
             return list(binding.copy_outputs_to_cpu())
 
-        return _checked(run_session(run, SCORES, {LEFT: query, RIGHT: placed}, self.provider)[:, 0])
+        return _checked(run_session(run, SCORES, {LEFT: left, RIGHT: right}, self.provider)[:, 0])
 
     def _in_parts(self, run: Callable[[slice], Any], n_rows: int, largest: int) -> list[Any]:
         """`run` of consecutive slices of at most `largest` rows; several at once if the sessions were made for that."""
@@ -296,6 +319,8 @@ class OnnxVerifier:
             UsageError: one of them is something else.
             IntegrityError: the network gives no finite score.
         """
+        if self.provider != "cpu" and self.cache is None:
+            return self._compare_placed(left, right)
         vectors = []
         for batch in embed_pictures(self, (left, right), cache=self.cache):
             for item in batch:
@@ -303,6 +328,11 @@ class OnnxVerifier:
                     raise ImageError(item.name, item.reason)
                 vectors.append(item.vector)
         return float(self.score(vectors[0][None], vectors[1][None])[0])
+
+    def _compare_placed(self, left: Picture, right: Picture) -> float:
+        """`compare` whose embeddings do not leave the device."""
+        sides = [self.embed_placed(load_image(picture, self.preprocess)[None]) for picture in (left, right)]
+        return float(self.score_placed(*sides)[0])
 
     def _check_signatures(self) -> None:
         manifest = self.bundle.manifest

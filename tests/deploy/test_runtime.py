@@ -113,7 +113,20 @@ def test_embeddings_with_nan_have_no_score(verifier: OnnxVerifier) -> None:
     with pytest.raises(IntegrityError, match="NaN or outside"):
         verifier.score(bad, good)
     with pytest.raises(IntegrityError, match="NaN or outside"):
-        verifier.score_placed(bad[1:2], verifier.place(good))
+        verifier.score_placed(verifier.place(bad[1:2]), verifier.place(good))
+
+
+def test_embeddings_that_stay_on_the_device_score_alike(verifier: OnnxVerifier, pictures: Path) -> None:
+    """As on a GPU, with the CPU as the device."""
+    images = random_images(5)
+    embeddings = verifier.embed(images)
+    placed = verifier.embed_placed(images)
+    assert np.array_equal(placed.numpy(), embeddings)
+    assert np.array_equal(verifier.score_placed(placed, placed), verifier.score(embeddings, embeddings))
+    one = verifier.embed_placed(images[2:3])
+    assert np.array_equal(verifier.score_placed(one, placed), verifier.score(embeddings[2:3], embeddings))
+    two = pictures / "apple/0.png", pictures / "bolt/0.png"
+    assert verifier._compare_placed(*two) == verifier.compare(*two)
 
 
 def test_nodes_are_counted(verifier: OnnxVerifier, tiny_bundle: Path, tmp_path: Path) -> None:

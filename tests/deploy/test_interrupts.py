@@ -55,7 +55,7 @@ def test_a_repeated_signal_can_be_left_to_the_first_also_in_nested_blocks() -> N
         "        with interrupts_held():\n"
         "            signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGTERM)\n"
         "        signal.raise_signal(signal.SIGTERM)\n"
-        "        outer(lambda: print('saved'))\n"
+        "        outer(lambda: print('saved', flush=True))\n"
         "except KeyboardInterrupt: print('never')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -28,10 +28,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import pytest
 import tiny_bundle
-from onnx import numpy_helper
 
 from siamese_deploy import Bundle, Evaluation, OnnxVerifier, evaluate_folder
 from siamese_deploy.errors import UsageError
@@ -74,19 +72,9 @@ class TritonPythonModel:
 
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
-    """The tiny bundle with embeddings so small that its head tells all pairs apart, and a threshold amid the scores."""
-    build = tiny_bundle._backbone
-
-    def with_small_embeddings() -> onnx.ModelProto:
-        model = build()
-        weight = next(item for item in model.graph.initializer if item.name == "weight")
-        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(0.05), "weight"))
-        return model
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_bundle, "_backbone", with_small_embeddings)
-        made = tiny_bundle.make_bundle()
-    return replace(made, manifest=replace(made.manifest, threshold=0.385))
+    """The tiny bundle with a threshold amid the scores."""
+    made = tiny_bundle.make_bundle()
+    return replace(made, manifest=replace(made.manifest, threshold=0.0945))
 
 
 @pytest.fixture(scope="module")

@@ -330,7 +330,8 @@ def test_the_documented_request_gets_an_answer(
     command = [sys.executable, "-c", program.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     (scores, score), (is_same, decision) = (line.split() for line in done.stdout.splitlines())
-    assert (scores, is_same, decision) == ("scores", "is_same", f"[{evaluation.scores[0] >= bundle.manifest.threshold}]")
+    expected = bool(evaluation.scores[0] >= bundle.manifest.threshold)
+    assert (scores, is_same, decision) == ("scores", "is_same", f"[{expected}]")
     assert abs(float(score.strip("[]")) - evaluation.scores[0]) <= 1e-6
 
 

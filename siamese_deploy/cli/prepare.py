@@ -74,8 +74,9 @@ def _open_in_child(bundle: Path, provider: str, max_batch: int | None) -> None:
     theirs.close()
     try:
         while True:
-            while not ours.poll(_TICK_S):
-                _on_terminal(f"opening on {provider}: {time.monotonic() - start:.0f} s")
+            _on_terminal(f"opening on {provider}: {time.monotonic() - start:.0f} s")
+            if not ours.poll(_TICK_S):
+                continue
             message = ours.recv()
             _on_terminal("")
             if not isinstance(message, str):

@@ -21,7 +21,7 @@ from siamese_deploy.embedding_cache import EmbeddingCache, embedding_key
 from siamese_deploy.errors import ImageError, InputDataError, IntegrityError
 from siamese_deploy.image_folder import ImageFolder, SkippedFile
 from siamese_deploy.interrupts import interrupts_held
-from siamese_deploy.pairs import Pairs
+from siamese_deploy.pairs import PairList, Pairs
 from siamese_deploy.preprocess import Picture, decode_bytes, load_image, read_picture_file, resize_image
 from siamese_deploy.providers import usable_cores
 from siamese_deploy.verifier import Embeddings, Images, Scores, Verifier
@@ -45,6 +45,7 @@ class EmbeddedPicture:
     vector: Embeddings | None = None
     """(dim,) float32, finite."""
     reason: str = ""
+    from_cache: bool = False
     data: bytes | None = None
     pixels: Images | None = None
 
@@ -92,10 +93,8 @@ class ImageEmbeddings:
     """(n_images,) row in `vectors` of each picture of the folder; -1 where there is none."""
     skipped: tuple[SkippedFile, ...]
     """Pictures that were asked for and could not be read."""
-
-    def has_both(self, pairs: Pairs) -> npt.NDArray[np.bool_]:
-        """(n_pairs,) True where both pictures have an embedding."""
-        return (self.row_of_image[pairs.left] >= 0) & (self.row_of_image[pairs.right] >= 0)
+    from_cache: int = 0
+    """Of the embeddings, those that were known already."""
 
 
 def embed_images(
@@ -115,6 +114,7 @@ def embed_images(
     rows: list[Embeddings] = []
     row_of_image = np.full(len(folder), -1, dtype=np.int64)
     skipped: list[SkippedFile] = []
+    from_cache = 0
     remaining = iter(images.tolist())
     with (
         interrupts_held() as let_interrupts_through,
@@ -128,28 +128,33 @@ def embed_images(
                 else:
                     row_of_image[image] = len(rows)
                     rows.append(item.vector)
+                    from_cache += item.from_cache
             progress.update(len(batch))
             let_interrupts_through()
     if not rows:
         reason = f" ({skipped[0].reason}, ...)" if skipped else ""
         raise InputDataError(f"{folder.root}: none of {len(images)} pictures can be read{reason}")
-    return ImageEmbeddings(np.stack(rows), row_of_image, tuple(skipped))
+    return ImageEmbeddings(np.stack(rows), row_of_image, tuple(skipped), from_cache)
 
 
-def score_pairs(verifier: Verifier, embeddings: ImageEmbeddings, pairs: Pairs) -> Scores:
-    """(n_pairs,) float32 scores; memory grows with the chunk, not with the number of pairs.
+def score_chunks(verifier: Verifier, embeddings: ImageEmbeddings, pairs: PairList) -> Iterator[tuple[Pairs, Scores]]:
+    """The pairs in order, SCORE_CHUNK_PAIRS at a time, each chunk with its (P,) float32 scores.
 
     Raises:
         IntegrityError: a score is NaN or outside [0, 1].
     """
-    left, right = embeddings.row_of_image[pairs.left], embeddings.row_of_image[pairs.right]
-    scores = np.empty(len(pairs), dtype=np.float32)
-    for start in range(0, len(pairs), SCORE_CHUNK_PAIRS):
-        chunk = slice(start, start + SCORE_CHUNK_PAIRS)
-        scores[chunk] = verifier.score(embeddings.vectors[left[chunk]], embeddings.vectors[right[chunk]])
-    if not ((scores >= 0) & (scores <= 1)).all():
-        raise IntegrityError("the network gives scores that are NaN or outside [0, 1]; the model is damaged")
-    return scores
+    # The same two arrays for each chunk: fresh ones of 30 MB cost as much as the head itself.
+    room = (min(SCORE_CHUNK_PAIRS, len(pairs)), embeddings.vectors.shape[1])
+    left, right = np.empty(room, np.float32), np.empty(room, np.float32)
+    for chunk in pairs.chunks(SCORE_CHUNK_PAIRS):
+        for side, images in ((left, chunk.left), (right, chunk.right)):
+            rows = embeddings.row_of_image[images]
+            # "clip" is the mode that writes into `out` without a copy; no row is out of range.
+            embeddings.vectors.take(rows, axis=0, out=side[: len(chunk)], mode="clip")
+        scores = verifier.score(left[: len(chunk)], right[: len(chunk)])
+        if not ((scores >= 0) & (scores <= 1)).all():
+            raise IntegrityError("the network gives scores that are NaN or outside [0, 1]; the model is damaged")
+        yield chunk, scores
 
 
 def _read_and_decoded(
@@ -175,6 +180,7 @@ def _read_and_decoded(
             known = cache.get_many(keys, verifier.embedding_dim)
             for item, key in zip(keyed, keys, strict=True):
                 item.vector = known.get(key)
+                item.from_cache = item.vector is not None
         return [item for item in batch if item.vector is None and not item.reason]
 
     with ThreadPool(usable_cores()) as threads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,12 +103,13 @@ def scan_image_folder(root: str | os.PathLike[str]) -> ImageFolder:
             skipped.append(SkippedFile(entry.name, "class folder without a picture"))
     if not paths:
         raise InputDataError(_why_empty(root, entries))
-    return _image_folder(root, paths, tuple(skipped))
+    return image_folder_of(root, paths, tuple(skipped))
 
 
-def _image_folder(root: Path, paths: list[str], skipped: tuple[SkippedFile, ...]) -> ImageFolder:
+def image_folder_of(root: Path, paths: Iterable[str], skipped: tuple[SkippedFile, ...] = ()) -> ImageFolder:
+    """The pictures at these POSIX paths relative to `root`; the class of each is its folder ("." for the root)."""
     ordered = sorted(paths, key=os.fsencode)
-    classes = [path.partition("/")[0] for path in ordered]
+    classes = [path.rpartition("/")[0] or "." for path in ordered]
     class_names = sorted(set(classes), key=os.fsencode)
     index = {name: i for i, name in enumerate(class_names)}
     labels = np.array([index[name] for name in classes], dtype=np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -35,6 +36,16 @@ def image_tile(path: Path) -> Image.Image:
 def missing_tile() -> Image.Image:
     """An empty tile, for a picture that has gone since it was scored."""
     return Image.new("RGB", (TILE_PIXELS, TILE_PIXELS), _GREY)
+
+
+def side_by_side(left: Image.Image, right: Image.Image) -> bytes:
+    """Two tiles as one JPEG file."""
+    picture = Image.new("RGB", (2 * TILE_PIXELS + _MARGIN, TILE_PIXELS), _PAPER)
+    picture.paste(left, (0, 0))
+    picture.paste(right, (TILE_PIXELS + _MARGIN, 0))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    return file.getvalue()
 
 
 def pair_picture(

@@ -1,14 +1,9 @@
-"""Evaluation -> pairs.csv, metrics.json, skipped.csv and one picture per pair, in a staging folder."""
+"""Evaluation -> report.html, metrics.json, pairs.csv, skipped.csv and one picture per pair, in a staging folder."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
-from importlib import metadata
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -17,110 +12,92 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from siamese_deploy.comparison import Comparison
+from siamese_deploy.confusions import Confusions, WorstPair
 from siamese_deploy.errors import ImageError
 from siamese_deploy.evaluate import Evaluation
-from siamese_deploy.image_folder import ImageFolder, SkippedFile
+from siamese_deploy.image_folder import ImageFolder
 from siamese_deploy.interrupts import interrupts_held
-from siamese_deploy.pair_picture import image_tile, missing_tile, pair_picture
+from siamese_deploy.metrics import accepted
+from siamese_deploy.metrics_file import metrics_text
+from siamese_deploy.pair_picture import image_tile, missing_tile, pair_picture, side_by_side
+from siamese_deploy.pairs_csv import skipped_csv, write_pairs_csv
 from siamese_deploy.providers import usable_cores
-from siamese_deploy.verifier import Verifier
+from siamese_deploy.report_page import Example, report_page
 
-FORMAT = "siamese-evaluation/1"
 _TILES_IN_MEMORY = 512
+DRAWN_BY_DEFAULT = 5000
+"""Where nothing else is said, a picture is drawn of each pair if there are at most so many, else of none."""
 
 
 def write_report(
     staging: Path,
     evaluation: Evaluation,
-    verifier: Verifier,
+    metrics: dict[str, Any],
     *,
-    seed: int,
-    images: str | int = "all",
+    images: str | int | None = None,
+    comparison: Comparison | None = None,
     show_progress: bool = False,
 ) -> int:
     """Write all files of an evaluation into the empty folder `staging`.
 
-    pairs.csv has the columns left, right, is_same, score in pair order; row k belongs to the picture k.png (from 0).
-
     Args:
-        images: pairs to draw: "all", "errors" (wrong at the threshold of the metrics), "none", or the first so many.
+        metrics: the content of metrics.json.
+        images: pairs to draw, as pictures k.png with k the row in pairs.csv (from 0): "all", "errors" (wrong at the
+            threshold of the metrics), "none", or the first so many; None: "all" of at most DRAWN_BY_DEFAULT, or "none".
 
     Returns:
         Number of pictures drawn.
     """
-    folder, pairs = evaluation.folder, evaluation.pairs
-    rows = [
-        (folder.paths[left], folder.paths[right], int(same), shortest_float32(score))
-        for left, right, same, score in zip(pairs.left, pairs.right, pairs.is_same, evaluation.scores, strict=True)
-    ]
-    (staging / "pairs.csv").write_bytes(_csv_bytes(("left", "right", "is_same", "score"), rows))
+    write_pairs_csv(staging / "pairs.csv", evaluation)
     if evaluation.skipped:
         (staging / "skipped.csv").write_bytes(skipped_csv(evaluation.skipped))
+    if comparison is not None:
+        (staging / "comparison.json").write_text(metrics_text(comparison.content()), encoding="utf-8")
+        (staging / "flips.csv").write_bytes(comparison.flips_csv())
     drawn = _pairs_to_draw(evaluation, images)
     _write_pictures(staging, evaluation, drawn, show_progress)
-    text = json.dumps(_metrics_json(evaluation, verifier, seed), indent=2, allow_nan=False)
-    (staging / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    (staging / "report.html").write_text(_page(evaluation, metrics), encoding="utf-8")
+    (staging / "metrics.json").write_text(metrics_text(metrics), encoding="utf-8")
     return len(drawn)
 
 
-def shortest_float32(value: np.float32) -> str:
-    """The decimal text with the fewest digits that reads back as the same float32."""
-    return str(np.float32(value))
+def _page(evaluation: Evaluation, metrics: dict[str, Any]) -> str:
+    confusions = Confusions(evaluation.folder, evaluation.metrics.threshold)
+    for pairs, scores in evaluation.chunks():
+        confusions.add(pairs, scores)
 
+    def example(pair: WorstPair) -> Example:
+        folder = evaluation.folder
+        return Example(
+            left=folder.paths[pair.left],
+            right=folder.paths[pair.right],
+            left_class=folder.class_name(pair.left),
+            right_class=folder.class_name(pair.right),
+            score=pair.score,
+            picture=side_by_side(_tile(folder, pair.left), _tile(folder, pair.right)),
+        )
 
-def skipped_csv(skipped: Sequence[SkippedFile]) -> bytes:
-    """A CSV file of what was left out and why: columns path, reason."""
-    return _csv_bytes(("path", "reason"), [(file.path, file.reason) for file in skipped])
-
-
-def _metrics_json(evaluation: Evaluation, verifier: Verifier, seed: int) -> dict[str, Any]:
-    metrics = evaluation.metrics
-    return {
-        "format": FORMAT,
-        "pairs": metrics.pairs,
-        "same_pairs": metrics.same_pairs,
-        "pair_digest": evaluation.pair_digest,
-        "seed": seed,
-        "loss": metrics.loss,
-        "accuracy": metrics.accuracy,
-        "roc_auc": metrics.roc_auc,
-        "threshold": metrics.threshold,
-        "classes": len(evaluation.folder.class_names),
-        "images": len(evaluation.folder),
-        "files_skipped": len(evaluation.skipped),
-        "pairs_skipped": evaluation.pairs_skipped,
-        "backend": verifier.backend,
-        "provider": verifier.provider,
-        "model_digest": verifier.model_digest,
-        "run": {
-            "python": platform.python_version(),
-            "siamese-toolkit": metadata.version("siamese-toolkit"),
-            "numpy": np.__version__,
-            "pillow": metadata.version("pillow"),
-        },
-    }
-
-
-def _csv_bytes(header: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    # surrogateescape: names that are not UTF-8 come out as the bytes they are on the disk.
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    return report_page(
+        metrics,
+        evaluation.counts,
+        confusions.rows(),
+        [example(pair) for pair in confusions.worst_accepts],
+        [example(pair) for pair in confusions.worst_rejects],
+    )
 
 
 def draw_pair(evaluation: Evaluation, pair: int, tile: Callable[[int], Image.Image] | None = None) -> Image.Image:
     """The picture of one scored pair; `tile` gives the thumbnail of a picture of the folder, from its file if None."""
-    folder, pairs = evaluation.folder, evaluation.pairs
-    left, right = int(pairs.left[pair]), int(pairs.right[pair])
+    folder, one = evaluation.folder, evaluation.pairs.take(np.array([pair]))
+    left, right = int(one.left[0]), int(one.right[0])
     tile = tile or partial(_tile, folder)
     return pair_picture(
         tile(left),
         tile(right),
         (folder.class_name(left), folder.class_name(right)),
         float(evaluation.scores[pair]),
-        bool(pairs.is_same[pair]),
+        bool(one.is_same[0]),
         evaluation.metrics.threshold,
     )
 
@@ -132,16 +109,21 @@ def _tile(folder: ImageFolder, image: int) -> Image.Image:
         return missing_tile()
 
 
-def _pairs_to_draw(evaluation: Evaluation, images: str | int) -> list[int]:
+def _pairs_to_draw(evaluation: Evaluation, images: str | int | None) -> list[int]:
+    n = len(evaluation.pairs)
+    if images is None:
+        images = "all" if n <= DRAWN_BY_DEFAULT else "none"
     if isinstance(images, int):
-        return list(range(min(images, len(evaluation.pairs))))
-    accepted = evaluation.scores >= evaluation.metrics.threshold
-    wanted = {
-        "all": np.ones(len(accepted), bool),
-        "errors": accepted != evaluation.pairs.is_same,
-        "none": np.zeros(len(accepted), bool),
-    }[images]
-    return [int(pair) for pair in np.flatnonzero(wanted)]
+        return list(range(min(images, n)))
+    if images == "errors":
+        wrong: list[int] = []
+        start = 0
+        for pairs, scores in evaluation.chunks():
+            here = np.flatnonzero(accepted(scores, evaluation.metrics.threshold) != pairs.is_same)
+            wrong += (here + start).tolist()
+            start += len(pairs)
+        return wrong
+    return list(range(n)) if images == "all" else []
 
 
 def _write_pictures(staging: Path, evaluation: Evaluation, drawn: list[int], show_progress: bool) -> None:

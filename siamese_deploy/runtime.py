@@ -196,6 +196,10 @@ class OnnxVerifier:
         return self.bundle.manifest.threshold
 
     @property
+    def threshold_origin(self) -> str:
+        return self.bundle.manifest.threshold_origin
+
+    @property
     def model_digest(self) -> str:
         return self.bundle.digest
 

@@ -50,6 +50,16 @@ class Verifier(Protocol):
     @property
     def embedding_dim(self) -> int: ...
 
+    @property
+    def threshold(self) -> float:
+        """Operating threshold in [0, 1]: accept when score >= threshold."""
+        ...
+
+    @property
+    def threshold_origin(self) -> str:
+        """Where it came from, in words."""
+        ...
+
     def embed(self, images: Images) -> Embeddings:
         """(N, H, W, 3) uint8 -> (N, dim) float32. N may be 0."""
         ...

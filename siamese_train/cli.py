@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from siamese_deploy.cli.command import PATH, SEED, Command
-from siamese_deploy.cli.eval import IMAGES, evaluate_into
+from siamese_deploy.cli.command import PATH, Command
+from siamese_deploy.cli.eval import evaluate_into
+from siamese_deploy.cli.evaluation_options import EvaluationOptions, evaluation_options
 from siamese_deploy.errors import needs_extra, one_line
 from siamese_train.config import TrainConfig
 
@@ -73,16 +74,11 @@ def train_main(**settings: Any) -> None:
 
 
 @click.command(cls=Command, name="siamese-train-eval")
-@click.option("-v", "--val_path", required=True, type=PATH, help="Folder: one sub-folder a class.")
-@click.option("-o", "--out_path", required=True, type=PATH, help="Folder for metrics, pairs and pictures.")
+@evaluation_options
 @click.option("-c", "--checkpoint", required=True, type=PATH, help="Checkpoint file (.pth).")
-@click.option("--seed", type=SEED, default=1, help="Seed of the pair list.")
 @click.option("--device", default="auto", help="auto (CUDA if PyTorch has it, else CPU), cpu, cuda or cuda:N.")
-@IMAGES
-def train_eval_main(
-    val_path: Path, out_path: Path, checkpoint: Path, seed: int, device: str, images: str | int
-) -> None:
-    """Evaluate a checkpoint with PyTorch: loss, accuracy, pairs.csv and one picture per pair."""
+def train_eval_main(options: EvaluationOptions, checkpoint: Path, device: str) -> None:
+    """Evaluate a checkpoint with PyTorch: report.html, metrics.json, pairs.csv and one picture per pair."""
 
     def open_verifier() -> Verifier:
         with needs_extra("train"):
@@ -92,4 +88,9 @@ def train_eval_main(
         click.echo(f"provider: {verifier.provider} (pytorch)")
         return verifier
 
-    evaluate_into(open_verifier, val_path, out_path, seed, images=images)
+    def open_bundle(folder: Path) -> Verifier:
+        from siamese_deploy.runtime import OnnxVerifier
+
+        return OnnxVerifier(folder)
+
+    evaluate_into(open_verifier, open_bundle, options)

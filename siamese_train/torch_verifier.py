@@ -20,6 +20,8 @@ class TorchVerifier:
     """
 
     backend = "pytorch"
+    threshold = 0.5
+    threshold_origin = "default: the reference scripts' 0.5, not chosen on data"
 
     def __init__(
         self, model: SiameseNetwork, preprocess: Preprocess, device: torch.device, model_digest: str = ""

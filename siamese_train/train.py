@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from siamese_deploy.dataset_check.quick import quick_line
 from siamese_deploy.durable_files import locked_folder, write_atomically
 from siamese_deploy.embedding import ImageEmbeddings, embed_images
 from siamese_deploy.errors import InputDataError, IntegrityError, UsageError, one_line
@@ -26,8 +27,8 @@ from siamese_deploy.evaluate import evaluate_embedded, evaluate_pairs
 from siamese_deploy.image_folder import ImageFolder, SkippedFile, scan_image_folder
 from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.pairs import sample_pairs
+from siamese_deploy.pairs_csv import skipped_csv
 from siamese_deploy.preprocess import Preprocess
-from siamese_deploy.report import skipped_csv
 from siamese_deploy.result_folder import refuse_inside
 from siamese_train.augment import Augmentation
 from siamese_train.checkpoint import save_checkpoint
@@ -108,6 +109,8 @@ def _train(config: TrainConfig, processes: Processes) -> None:
     }
     if processes.is_first:
         _print_start(config, data, processes)
+        for line in filter(None, map(quick_line, (train_folder, val_folder))):
+            print(line, flush=True)
     skipped = _SkippedPictures(config.out_path / "skipped_pictures.csv")
     skipped.add(config.train_path, train_folder.skipped)
 

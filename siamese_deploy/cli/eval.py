@@ -4,77 +4,105 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from siamese_deploy.cli.command import PATH, SEED, Command
+from siamese_deploy.cli.command import Command
+from siamese_deploy.cli.evaluation_options import EvaluationOptions, evaluation_options
 from siamese_deploy.cli.runtime_options import RuntimeOptions, describe, report_cache, runtime_options
 from siamese_deploy.errors import one_line
 
 if TYPE_CHECKING:
+    from siamese_deploy.bootstrap import Replicates
+    from siamese_deploy.comparison import Comparison
     from siamese_deploy.embedding_cache import EmbeddingCache
+    from siamese_deploy.evaluate import Evaluation
     from siamese_deploy.verifier import Verifier
 
 
-class _ImagesToDraw(click.ParamType[str | int]):
-    name = "all|errors|none|N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
-        text = str(value)
-        if text in ("all", "errors", "none"):
-            return text
-        if text.isascii() and text.isdigit():
-            return int(text)
-        self.fail(f"{value!r}: expected all, errors, none or a number", param, ctx)
-
-
-IMAGES = click.option(
-    "--images", type=_ImagesToDraw(), default="all", help="Pairs to draw: all, errors, none, or the first N."
-)
-
-
 @click.command(cls=Command, name="eval")
-@click.option("-v", "--val_path", required=True, type=PATH, help="Folder: one sub-folder a class.")
-@click.option("-o", "--out_path", required=True, type=PATH, help="Folder for metrics, pairs and pictures.")
+@evaluation_options
 @runtime_options
-@click.option("--seed", type=SEED, default=1, help="Seed of the pair list.")
-@IMAGES
-def main(val_path: Path, out_path: Path, runtime: RuntimeOptions, seed: int, images: str | int) -> None:
-    """Evaluate a bundle with ONNX Runtime: loss, accuracy, pairs.csv and one picture per pair."""
+def main(options: EvaluationOptions, runtime: RuntimeOptions) -> None:
+    """Evaluate a bundle with ONNX Runtime: report.html, metrics.json, pairs.csv and one picture per pair."""
     cache = runtime.open_cache()
 
-    def open_verifier() -> Verifier:
-        verifier = runtime.open_verifier(cache, throughput=True)
+    def open_verifier(bundle: Path = runtime.bundle) -> Verifier:
+        verifier = replace(runtime, bundle=bundle).open_verifier(cache, throughput=True)
         click.echo(describe(verifier))
         return verifier
 
-    evaluate_into(open_verifier, val_path, out_path, seed, images=images, cache=cache)
+    evaluate_into(open_verifier, open_verifier, options, cache=cache)
     report_cache(cache)
 
 
 def evaluate_into(
     open_verifier: Callable[[], Verifier],
-    val_path: Path,
-    out_path: Path,
-    seed: int,
+    open_bundle: Callable[[Path], Verifier],
+    options: EvaluationOptions,
     *,
-    images: str | int = "all",
     cache: EmbeddingCache | None = None,
 ) -> None:
-    """Evaluate, write the report into `out_path` and print the summary; shared with siamese-train-eval."""
-    from siamese_deploy.evaluate import evaluate_folder
+    """Evaluate, write the report into the output folder and print the summary; shared with siamese-train-eval."""
+    from siamese_deploy.evaluate import evaluate_pairs, resample
+    from siamese_deploy.metrics_file import metrics_content
     from siamese_deploy.report import write_report
     from siamese_deploy.result_folder import refuse_inside, result_folder
 
-    refuse_inside(out_path, val_path)
+    refuse_inside(options.out_path, options.val_path)
     show_progress = sys.stderr.isatty()
-    with result_folder(out_path) as staging:
+    with result_folder(options.out_path) as staging:
+        folder, pairs, scheme = options.choose_pairs()
         verifier = open_verifier()
-        evaluation = evaluate_folder(verifier, val_path, seed=seed, cache=cache, show_progress=show_progress)
-        drawn = write_report(staging, evaluation, verifier, seed=seed, images=images, show_progress=show_progress)
-    metrics = evaluation.metrics
+        evaluation = evaluate_pairs(
+            verifier, folder, pairs, strict=options.strict, cache=cache, show_progress=show_progress
+        )
+        spread = resample(evaluation, show_progress=show_progress)
+        content = metrics_content(evaluation, spread, verifier, pair_scheme=scheme, seed=options.seed_of(scheme))
+        comparison = _compare(options.compare, evaluation, spread, open_bundle, cache) if options.compare else None
+        drawn = write_report(
+            staging,
+            evaluation,
+            content,
+            images=options.images,
+            comparison=comparison,
+            show_progress=show_progress,
+        )
+    _print_summary(evaluation, options, scheme, drawn)
+    for line in comparison.table() if comparison else []:
+        click.echo(line)
+    options.enforce(evaluation.metrics, comparison)
+
+
+def _compare(
+    path: Path,
+    evaluation: Evaluation,
+    spread: Replicates,
+    open_bundle: Callable[[Path], Verifier],
+    cache: EmbeddingCache | None,
+) -> Comparison:
+    from siamese_deploy.comparison import compare, read_earlier
+    from siamese_deploy.evaluate import evaluate_pairs
+
+    if (path / "manifest.json").is_file():
+        other = open_bundle(path)
+        # The very pairs that were scored, so that a picture which one decoder size cannot use is out for both.
+        earlier = evaluate_pairs(other, evaluation.folder, evaluation.pairs, cache=cache)
+        digest = other.model_digest
+    else:
+        earlier, digest = read_earlier(path, evaluation)
+    return compare(earlier, evaluation, digest, spread)
+
+
+def _print_summary(evaluation: Evaluation, options: EvaluationOptions, scheme: str, drawn: int) -> None:
+    from siamese_deploy.dataset_check.quick import quick_line
+
+    metrics, out_path = evaluation.metrics, options.out_path
+    if line := quick_line(evaluation.folder):
+        click.echo(line, err=True)
     if evaluation.skipped:
         first = evaluation.skipped[0]
         click.echo(
@@ -84,8 +112,27 @@ def evaluate_into(
             ),
             err=True,
         )
-    roc_auc = "undefined" if metrics.roc_auc is None else f"{metrics.roc_auc:.4f}"
-    click.echo(f"pairs: {metrics.pairs} ({metrics.same_pairs} same), seed {seed}")
+    names_of: dict[str, list[str]] = {}
+    for name, reason in metrics.not_computed.items():
+        if not name.startswith("tar_at_far/"):  # shown below
+            names_of.setdefault(reason, []).append(name)
+    for reason, names in names_of.items():
+        click.echo(one_line(f"not computed: {', '.join(names)}: {reason}"), err=True)
+    seed = options.seed_of(scheme)
+    drawn_from = f"{scheme}" if seed is None else f"{scheme}, seed {seed}"
+    click.echo(f"pairs: {metrics.pairs} ({metrics.same_pairs} same), {drawn_from}")
     click.echo(f"pair digest: {evaluation.pair_digest}")
-    click.echo(f"loss: {metrics.loss:.4f}  accuracy: {metrics.accuracy:.4f}  ROC AUC: {roc_auc}")
-    click.echo(one_line(f"written: {out_path}/metrics.json, pairs.csv and {drawn} pair pictures"))
+    equal = metrics.equal_error_rate
+    click.echo(
+        f"loss: {metrics.loss:.4f}  accuracy: {metrics.accuracy:.4f}  ROC AUC: {_shown(metrics.roc_auc)}  "
+        f"equal error rate: {_shown(equal.rate if equal else None)}"
+    )
+    rates = (
+        f"{far:g}: {point.tar:.4f}" if point else f"{far:g}: too few pairs" for far, point in metrics.tar_at_far.items()
+    )
+    click.echo(f"true accept rate at false accept rate  {'  '.join(rates)}")
+    click.echo(one_line(f"written: {out_path}/report.html, metrics.json, pairs.csv and {drawn} pair pictures"))
+
+
+def _shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"

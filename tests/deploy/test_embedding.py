@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_bundle import DIM
 
 from siamese_deploy import OnnxVerifier
-from siamese_deploy.embedding import BATCH_SIZE, SCORE_CHUNK_PAIRS, embed_images, embed_pictures, score_pairs
+from siamese_deploy.embedding import BATCH_SIZE, SCORE_CHUNK_PAIRS, embed_images, embed_pictures, score_chunks
 from siamese_deploy.embedding_cache import EmbeddingCache
 from siamese_deploy.errors import InputDataError, IntegrityError
 from siamese_deploy.image_folder import scan_image_folder
@@ -68,7 +68,10 @@ def test_pairs_are_scored_in_chunks_as_if_at_once(verifier: OnnxVerifier, pictur
     found = embed_images(verifier, folder, np.arange(len(folder)))
     n_pairs = SCORE_CHUNK_PAIRS + 3
     left, right = np.arange(n_pairs) % 16, (np.arange(n_pairs) * 7 + 1) % 16
-    scores = score_pairs(verifier, found, Pairs(left, right, folder.labels[left] == folder.labels[right]))
+    pairs = Pairs(left, right, folder.labels[left] == folder.labels[right])
+    chunks = list(score_chunks(verifier, found, pairs))
+    assert [len(chunk) for chunk, _ in chunks] == [SCORE_CHUNK_PAIRS, 3]
+    scores = np.concatenate([scores for _, scores in chunks])
     assert scores.shape == (n_pairs,)
     assert scores == pytest.approx(verifier.score(found.vectors[left], found.vectors[right]), abs=1e-6)
 
@@ -86,7 +89,7 @@ def test_a_score_outside_0_to_1_is_an_error(verifier: OnnxVerifier, pictures: Pa
     folder = scan_image_folder(pictures)
     found = embed_images(verifier, folder, np.arange(16))
     with pytest.raises(IntegrityError, match=r"NaN or outside \[0, 1\]"):
-        score_pairs(Overflowing(verifier, -1, bad), found, sample_pairs(folder))
+        list(score_chunks(Overflowing(verifier, -1, bad), found, sample_pairs(folder)))
 
 
 def test_nothing_to_embed_is_said(verifier: OnnxVerifier, pictures: Path) -> None:

@@ -20,12 +20,20 @@ from tiny_bundle import make_bundle
 from siamese_deploy import OnnxVerifier, evaluate_folder
 from siamese_deploy.cli import main as siamese
 from siamese_deploy.cli.eval import main as siamese_eval
-from siamese_deploy.report import shortest_float32
+from siamese_deploy.pairs_csv import shortest_float32
 from siamese_deploy.result_folder import result_folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def results(folder: Path) -> dict[str, object]:
+    """What must be the same when an evaluation is repeated: all but the times and versions."""
+    found: dict[str, object] = {**contents(folder)}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    del metrics["run"], found["report.html"]
+    return found | {"metrics.json": metrics}
 
 
 def test_writes_metrics_pairs_and_a_picture_for_each(
@@ -41,7 +49,7 @@ def test_writes_metrics_pairs_and_a_picture_for_each(
 
     with open(out / "pairs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["left", "right", "is_same", "score"]
+    assert list(rows[0]) == ["left", "right", "is_same", "score", "decision"]
     verifier = OnnxVerifier(tiny_bundle, provider="cpu")
     evaluation = evaluate_folder(verifier, pictures)
     for k, row in enumerate(rows):
@@ -50,6 +58,7 @@ def test_writes_metrics_pairs_and_a_picture_for_each(
         assert np.float32(row["score"]) == evaluation.scores[k]
         assert float(row["score"]) == pytest.approx(verifier.compare(pictures / row["left"], pictures / row["right"]))
     right = [(float(row["score"]) >= 0.5) == (row["is_same"] == "1") for row in rows]
+    assert [row["decision"] == row["is_same"] for row in rows] == right
     assert metrics["accuracy"] == pytest.approx(np.mean(right))
 
     assert sorted(file.name for file in out.glob("*.png")) == sorted(f"{k}.png" for k in range(16))
@@ -68,7 +77,7 @@ def test_twice_gives_the_same_bytes_and_seeds_differ(
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         arguments = ("-v", pictures, "-o", tmp_path / name, "-c", tiny_bundle, "--provider", "cpu", "--seed", seed)
         assert run(siamese, "eval", *arguments).exit_code == 0
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert results(tmp_path / "a") == results(tmp_path / "b")
     assert contents(tmp_path / "a")["pairs.csv"] != contents(tmp_path / "c")["pairs.csv"]
 
 
@@ -82,12 +91,12 @@ def test_known_pictures_are_not_embedded_again(
     second = run(siamese_eval, *evaluate, tmp_path / "second", *cache)
     assert "from the cache" not in fresh.stdout + first.stdout
     assert second.stdout.splitlines()[-1] == "from the cache: 16 of 16 embeddings"
-    assert contents(tmp_path / "fresh") == contents(tmp_path / "first") == contents(tmp_path / "second")
+    assert results(tmp_path / "fresh") == results(tmp_path / "first") == results(tmp_path / "second")
     Image.open(pictures / "cog/1.png").rotate(90).save(pictures / "apple/0.png")
     changed = run(siamese_eval, *evaluate, tmp_path / "changed", *cache)
     assert changed.stdout.splitlines()[-1] == "from the cache: 15 of 16 embeddings"
     run(siamese_eval, *evaluate, tmp_path / "fresh", "--no_cache")
-    assert contents(tmp_path / "changed") == contents(tmp_path / "fresh")
+    assert results(tmp_path / "changed") == results(tmp_path / "fresh")
 
 
 def test_a_cache_that_cannot_be_used_costs_no_answer(
@@ -370,7 +379,7 @@ def test_output_that_is_not_utf8_does_not_end_in_an_error(pictures: Path, tiny_b
 
 @given(st.floats(0, 1, width=32))
 def test_scores_are_written_so_that_the_float32_comes_back(value: float) -> None:
-    text = shortest_float32(np.float32(value))
+    (text,) = shortest_float32(np.array([value], np.float32))
     assert np.float32(text) == np.float32(value)
     digits = len(text.partition("e")[0].replace(".", "").strip("0"))
     if digits > 1:  # one significant digit fewer would be another number

@@ -1,0 +1,99 @@
+"""pairs.csv: one row for each scored pair, in pair order; written here, and read again for comparisons.
+
+Columns left, right (paths relative to the picture folder), is_same (0 or 1), score (the shortest decimal text that
+reads back as the same float32) and decision (1: accepted as same). A path that a spreadsheet would take for a formula
+gets "./" before it, which names the same file.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from siamese_deploy.errors import InputDataError, IntegrityError
+from siamese_deploy.evaluate import Evaluation
+from siamese_deploy.image_folder import SkippedFile
+from siamese_deploy.metrics import accepted
+from siamese_deploy.verifier import Scores
+
+COLUMNS = ("left", "right", "is_same", "score", "decision")
+
+
+def write_pairs_csv(file: Path, evaluation: Evaluation) -> None:
+    names = [harmless(path) for path in evaluation.folder.paths]
+    with file.open("wb") as out:
+        out.write(csv_bytes([COLUMNS]))
+        for pairs, scores in evaluation.chunks():
+            decisions = accepted(scores, evaluation.metrics.threshold).astype(np.int64).tolist()
+            rows = zip(
+                (names[image] for image in pairs.left.tolist()),
+                (names[image] for image in pairs.right.tolist()),
+                pairs.is_same.astype(np.int64).tolist(),
+                shortest_float32(scores),
+                decisions,
+                strict=True,
+            )
+            out.write(csv_bytes(rows))
+
+
+def read_scores(file: Path, evaluation: Evaluation) -> Scores:
+    """(n_pairs,) float32: the scores that an earlier evaluation of the same pairs wrote.
+
+    Raises:
+        InputDataError: no such file.
+        IntegrityError: it holds other pairs, or something that is no score.
+    """
+    names = [harmless(path) for path in evaluation.folder.paths]
+    scores = np.empty(len(evaluation.pairs), dtype=np.float32)
+    try:
+        with file.open(encoding="utf-8", errors="surrogateescape", newline="") as text:
+            rows = csv.DictReader(text)
+            n = 0
+            for pairs, _ in evaluation.chunks():
+                for left, right, same in zip(
+                    pairs.left.tolist(), pairs.right.tolist(), pairs.is_same.tolist(), strict=True
+                ):
+                    row = next(rows)
+                    if (row["left"], row["right"], row["is_same"]) != (names[left], names[right], str(int(same))):
+                        raise ValueError("another pair")
+                    scores[n] = float(row["score"])
+                    n += 1
+            if next(rows, None) is not None:
+                raise ValueError("more pairs")
+    except FileNotFoundError as error:
+        raise InputDataError(f"{file}: no such file; expected it beside the metrics.json to compare with") from error
+    except (ValueError, KeyError, TypeError, StopIteration, csv.Error) as error:
+        raise IntegrityError(
+            f"{file}: does not hold the pairs that its metrics.json speaks of; evaluate that model again"
+        ) from error
+    if not ((scores >= 0) & (scores <= 1)).all():
+        raise IntegrityError(f"{file}: has scores that are NaN or outside [0, 1]; evaluate that model again")
+    return scores
+
+
+def skipped_csv(skipped: Sequence[SkippedFile]) -> bytes:
+    """A CSV file of what was left out and why: columns path, reason."""
+    return csv_bytes([("path", "reason"), *((harmless(file.path), file.reason) for file in skipped)])
+
+
+def harmless(path: str) -> str:
+    """The path, with "./" before it where a spreadsheet would calculate it."""
+    return f"./{path}" if path.startswith(("=", "+", "-", "@", "\t", "\r")) else path
+
+
+def shortest_float32(values: Scores) -> list[str]:
+    """The decimal texts with the fewest digits that read back as the same float32."""
+    return [str(value) for value in values]
+
+
+def csv_bytes(rows: Iterable[Sequence[object]]) -> bytes:
+    text = io.StringIO(newline="")
+    plain, quoted = (csv.writer(text, lineterminator="\n", quoting=q) for q in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+    for row in rows:  # Python up to 3.12 leaves a carriage return bare, which splits the row for every reader
+        (quoted if any("\r" in field for field in row if isinstance(field, str)) else plain).writerow(row)
+    # surrogateescape: names that are not UTF-8 come out as the bytes they are on the disk.
+    return text.getvalue().encode("utf-8", "surrogateescape")

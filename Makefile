@@ -2,6 +2,7 @@
 # make test    install what the tests need and run all of them
 # make check   linter, formatter, type checker, import directions
 # make deploy-test   the runtime's tests without torch, on the oldest versions it claims
+# make browser-test  the report's page in Chromium (Debian's packages chromium and chromium-driver)
 # make triton-test   what --triton writes, on a real Triton Inference Server (without docker; Linux with glibc 2.35)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check deploy-test triton-test clean
+.PHONY: demo test check deploy-test browser-test triton-test clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/installed-toolkit: pyproject.toml constraints.txt
@@ -36,7 +37,7 @@ demo: $(VENV)/installed-toolkit
 	@echo "pair pictures: $(CURDIR)/demo/eval/0.png to $$(($$(ls demo/eval/*.png | wc -l) - 1)).png"
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -m "not triton"
+	$(BIN)/pytest -m "not triton and not browser"
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -48,8 +49,11 @@ check: $(VENV)/installed-dev
 deploy-test:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
-		-e '.[cpu]' hypothesis onnx pytest scikit-learn
+		-e '.[cpu,check]' hypothesis jsonschema onnx pytest scikit-learn
 	$(VENV)-oldest/bin/pytest tests/deploy
+
+browser-test: $(VENV)/installed-dev
+	$(BIN)/pytest -m browser tests/deploy
 
 # The server comes in a wheel of its own that wants an older NumPy than we do.
 triton-test: $(VENV)/installed-dev

@@ -1,6 +1,7 @@
 """What the evaluation promises, measured.
 
     python evaluation.py              everything
+    python evaluation.py scoring      every pair of Omniglot's validation pictures, against the bare head
     python evaluation.py streaming    metrics of 10^8 scores in bounded memory
 
 Figures are asserted before they are printed.
@@ -13,8 +14,10 @@ import math
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +39,7 @@ THRESHOLD = 0.385
 
 
 @click.command()
-@click.argument("which", nargs=-1, type=click.Choice(["streaming"]))
+@click.argument("which", nargs=-1, type=click.Choice(["scoring", "streaming"]))
 @click.option("--child", type=int, hidden=True, help="Stream so many scores and print what was found.")
 def main(which: tuple[str, ...], child: int | None) -> None:
     if child is not None:
@@ -44,8 +47,84 @@ def main(which: tuple[str, ...], child: int | None) -> None:
         return
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(f"numpy {np.__version__}", time.strftime("%Y-%m-%d"))
+    if not which or "scoring" in which:
+        scoring()
     if not which or "streaming" in which:
         streaming()
+
+
+def scoring() -> None:
+    """Embeddings -> scores and figures of all 303,810 pairs, against the head alone on the same chunks laid out before;
+    and the peak memory of the whole command.
+    """
+    from runtime import make_bundle
+    from training import omniglot
+
+    from siamese_deploy import OnnxVerifier
+    from siamese_deploy.embedding import SCORE_CHUNK_PAIRS, embed_images
+    from siamese_deploy.evaluate import evaluate_embedded
+    from siamese_deploy.image_folder import scan_image_folder
+    from siamese_deploy.pairs import every_pair
+
+    pictures = omniglot() / "val"
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/xdg"
+        bundle = make_bundle(Path(folder))
+        verifier = OnnxVerifier(bundle, provider="cpu")
+        images = scan_image_folder(pictures)
+        pairs = every_pair(images)
+        embeddings = embed_images(verifier, images, pairs.unique_images())
+        run_head, vectors = verifier._head.run, embeddings.vectors
+        # One copy of the chunk after the other in the same place, as much memory as the bare runs would have at hand.
+        left, right = (np.empty((SCORE_CHUNK_PAIRS, vectors.shape[1]), np.float32) for _ in range(2))
+        bare_s = 0.0
+
+        def bare() -> np.ndarray:
+            nonlocal bare_s
+            parts, bare_s = [], 0.0
+            for chunk in pairs.chunks(SCORE_CHUNK_PAIRS):
+                sides = {"left": left[: len(chunk)], "right": right[: len(chunk)]}
+                sides["left"][:], sides["right"][:] = vectors[chunk.left], vectors[chunk.right]
+                started_s = time.perf_counter()
+                parts.append(run_head(None, sides)[0][:, 0])
+                bare_s += time.perf_counter() - started_s
+            return np.concatenate(parts)
+
+        scores_s, ours_s, bares_s = [], [], []
+        for _ in range(7):
+            expected = bare()
+            bares_s.append(bare_s)
+            started_s = time.perf_counter()
+            evaluation = evaluate_embedded(verifier, images, pairs, embeddings)
+            ours_s.append(time.perf_counter() - started_s)
+            scores_s.append(evaluation.score_s)
+            assert np.array_equal(evaluation.scores, expected)
+        ours, alone, base = (statistics.median(times) for times in (ours_s, scores_s, bares_s))
+        print("| all pairs | seconds | against the bare head |\n| --- | --- | --- |")
+        print(f"| bare head, {len(pairs):,} pairs | {base:.2f} | |")
+        print(f"| scoring | {alone:.2f} | {alone / base:.2f} |")
+        print(f"| scoring, figures and digest | {ours:.2f} | {ours / base:.2f} |")
+        siamese = Path(sys.executable).with_name("siamese-eval")
+        command = [siamese, "-v", pictures, "-o", f"{folder}/out", "-c", bundle, "--pairs", "all", "--provider", "cpu"]
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, *map(str, command)], check=True, capture_output=True, text=True
+        )
+        peak = int(done.stdout.splitlines()[-1])
+        print(f"| peak memory of siamese-eval --pairs all | {peak} MiB | |")
+        assert alone <= 1.3 * base, (alone, base)
+        assert peak < 700, peak
+
+
+PEAK = """
+import re, sys
+from siamese_deploy.cli.eval import main
+sys.argv = sys.argv[1:]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024)
+"""
 
 
 def streaming() -> None:

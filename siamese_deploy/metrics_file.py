@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from siamese_deploy.bootstrap import LEVEL, Replicates
+from siamese_deploy.bootstrap import LEVEL, METHOD, Replicates
 from siamese_deploy.errors import InputDataError, IntegrityError
 from siamese_deploy.evaluate import Evaluation
 from siamese_deploy.metrics import FALSE_ACCEPT_RATES, fold_accuracy, one_shot_accuracy
@@ -141,7 +141,7 @@ def _intervals(spread: Replicates) -> dict[str, Any] | None:
         return interval and list(interval)
 
     return {
-        "method": "percentiles of a bootstrap over classes",
+        "method": METHOD,
         "level": LEVEL,
         "replicates": spread.replicates,
         "classes": spread.classes,

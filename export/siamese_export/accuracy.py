@@ -12,7 +12,7 @@ import numpy as np
 from siamese_deploy.errors import AccuracyError, InputDataError
 from siamese_deploy.evaluate import Evaluation, evaluate_pairs
 from siamese_deploy.image_folder import ImageFolder, scan_image_folder
-from siamese_deploy.metrics import OperatingPoint, different_pairs_needed, equal_error_rate, operating_point
+from siamese_deploy.metrics import OperatingPoint, accepted, different_pairs_needed, equal_error_rate, operating_point
 from siamese_deploy.pairs import every_pair, sample_pairs
 from siamese_deploy.verifier import Verifier
 
@@ -175,7 +175,7 @@ def cost_of_precision(precision: str, float32: Accuracy, lowered: Accuracy, limi
     if float32.operating_point is None or lowered.operating_point is None:
         raise InputDataError(f"{float32.source}: too few pairs for a false accept rate of {float32.target_far:g}")
     is_different = ~lowered.evaluation.pairs.is_same
-    accepted = int((lowered.evaluation.scores[is_different] >= float32.operating_point.threshold).sum())
+    n_accepted = int(accepted(lowered.evaluation.scores[is_different], float32.operating_point.threshold).sum())
     before = round(float32.operating_point.far * int(is_different.sum()))
     return Cost(
         precision=precision,
@@ -183,7 +183,7 @@ def cost_of_precision(precision: str, float32: Accuracy, lowered: Accuracy, limi
         lowered=lowered,
         auc_drop=float32.roc_auc - lowered.roc_auc,
         tar_drop=float32.operating_point.tar - lowered.operating_point.tar,
-        far_growth=accepted / max(before, 1),
+        far_growth=n_accepted / max(before, 1),
         limits=limits,
     )
 

@@ -33,7 +33,7 @@ demo: $(VENV)/installed-toolkit
 	$(BIN)/siamese-export --checkpoint demo/run/best.pth -o demo/bundle --val_path demo/pictures/val
 	$(BIN)/siamese-eval -v demo/pictures/val -o demo/eval -c demo/bundle
 	@$(BIN)/python -c 'import json; auc = json.load(open("demo/eval/metrics.json"))["roc_auc"]; assert auc >= 0.95, f"ROC AUC {auc:.3f}, expected at least 0.95"'
-	@echo "report:        $(CURDIR)/demo/eval/metrics.json and pairs.csv"
+	@echo "report:        $(CURDIR)/demo/eval/report.html, metrics.json and pairs.csv"
 	@echo "pair pictures: $(CURDIR)/demo/eval/0.png to $$(($$(ls demo/eval/*.png | wc -l) - 1)).png"
 
 test: $(VENV)/installed-dev

@@ -3,12 +3,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 from conftest import RunCommand, assert_refused
@@ -79,6 +81,120 @@ def test_twice_gives_the_same_bytes_and_seeds_differ(
         assert run(siamese, "eval", *arguments).exit_code == 0
     assert results(tmp_path / "a") == results(tmp_path / "b")
     assert contents(tmp_path / "a")["pairs.csv"] != contents(tmp_path / "c")["pairs.csv"]
+
+
+def test_the_same_everywhere_and_with_every_hash_seed(pictures: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    found = []
+    for hash_seed in ("0", "1", "4294967295"):
+        elsewhere = tmp_path / f"elsewhere{hash_seed}"
+        shutil.copytree(pictures, elsewhere / "pictures")
+        command = [Path(sys.executable).with_name("siamese-eval"), "-v", "pictures", "-o", "out", "-c", tiny_bundle]
+        command += ["--pairs", "all", "--images", "errors", "--provider", "cpu", "--no_cache"]
+        subprocess.run(
+            [str(part) for part in command], cwd=elsewhere, check=True, env=os.environ | {"PYTHONHASHSEED": hash_seed}
+        )
+        found.append(results(elsewhere / "out"))
+    assert found[0] == found[1] == found[2]
+    assert any(name.endswith(".png") for name in found[0])
+
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs/metrics.schema.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "scheme", "pairs"),
+    [
+        ((), "reference", 16),
+        (("--pairs", "all"), "all", 120),
+        (("--num_pairs", "10"), "balanced", 10),
+        (("--protocol", "one-shot", "--ways", "3", "--episodes", "5"), "one-shot", 15),
+        (("--pairs", "list.csv"), "file", 3),
+        (("--pairs", "pairs.txt"), "file", 8),
+    ],
+)
+def test_every_scheme_gives_a_metrics_file_of_the_schema(
+    run: RunCommand,
+    pictures: Path,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    scheme: str,
+    pairs: int,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = ["left,right,label", "apple/0.png,apple/1.png,1", "bolt/0.png,cog/0.png,0", "cog/1.png,cog/2.png,1"]
+    Path("list.csv").write_text("\n".join(rows) + "\n")
+    for name in ("apple", "bolt", "cog", "door"):  # LFW's names
+        for k in range(4):
+            shutil.copy(pictures / name / f"{k}.png", pictures / name / f"{name}_{k:04}.png")
+    rows = ["2\t2", "apple\t0\t1", "bolt\t0\t1", "apple\t0\tbolt\t0", "cog\t0\tbolt\t1"]
+    rows += ["cog\t0\t1", "door\t0\t1", "cog\t2\tdoor\t2", "door\t0\tapple\t1"]
+    Path("pairs.txt").write_text("\n".join(rows) + "\n")
+    for copies in pictures.glob("*/*_*.png"):
+        if scheme != "file":
+            copies.unlink()
+    result = run(siamese_eval, "-v", pictures, "-o", "out", "-c", tiny_bundle, *options)
+    assert result.exit_code == 0, result.output
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    jsonschema.validate(metrics, SCHEMA)
+    assert (metrics["pair_scheme"], metrics["pairs"]) == (scheme, pairs)
+    assert (metrics["seed"] is None) == (scheme in ("all", "file"))
+    assert (metrics["one_shot"] is not None) == (scheme == "one-shot")
+    assert (metrics["folds"] is not None) == (options[-1:] == ("pairs.txt",))
+    with open("out/pairs.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == pairs
+    assert "<title>" in Path("out/report.html").read_text()
+
+
+def test_options_that_exclude_each_other(run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    evaluate = ("-v", pictures, "-o", tmp_path / "out", "-c", tiny_bundle)
+    for options in (
+        ("--pairs", "all", "--num_pairs", "4"),
+        ("--pairs", "all", "--protocol", "one-shot"),
+        ("--num_pairs", "4", "--protocol", "one-shot"),
+    ):
+        assert_refused(run(siamese_eval, *evaluate, *options), 2, "at most one of them")
+
+
+def test_strict_allows_no_picture_to_be_left_out(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    evaluate = ("-v", pictures, "-o", tmp_path / "out", "-c", tiny_bundle, "--strict")
+    assert run(siamese_eval, *evaluate).exit_code == 0
+    before = contents(tmp_path / "out")
+    (pictures / "bolt/1.png").write_bytes(b"")
+    assert_refused(run(siamese_eval, *evaluate), 3, "--strict allows none", "bolt/1.png: empty file")
+    assert contents(tmp_path / "out") == before
+
+
+def test_paths_are_no_formulas_and_come_back(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    for old, new in (("apple", "=1+1"), ("bolt", "@x"), ("cog", "-c\r")):
+        (pictures / old).rename(pictures / new)
+    (pictures / "=1+1/1.png").write_bytes(b"")
+    evaluate = ("-v", pictures, "-c", tiny_bundle, "-o")
+    assert run(siamese_eval, *evaluate, tmp_path / "a").exit_code == 0
+    with open(tmp_path / "a/pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row[side][:2] for row in rows for side in ("left", "right")} == {"./", "do"}
+    assert (tmp_path / "a/skipped.csv").read_text().splitlines()[1].startswith("./=1+1/1.png,")
+    again = run(siamese_eval, *evaluate, tmp_path / "b", "--pairs", tmp_path / "a/pairs.csv")
+    assert again.exit_code == 0, again.output
+    first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab")
+    assert first["pair_digest"] == second["pair_digest"]
+
+
+def test_an_odd_folder_is_told_of_on_one_line(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    evaluate = ("-v", pictures, "-o", tmp_path / "out", "-c", tiny_bundle)
+    assert "data set" not in run(siamese_eval, *evaluate).stderr
+    shutil.copy(pictures / "apple/0.png", pictures / "bolt/4.png")
+    shutil.copytree(pictures / "cog", pictures / "Cog")
+    (line,) = [line for line in run(siamese_eval, *evaluate).stderr.splitlines() if line.startswith("data set: ")]
+    assert line.endswith(f"see: siamese check {pictures}")
 
 
 def test_known_pictures_are_not_embedded_again(

@@ -65,6 +65,30 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny network with another first layer of its head, and so with other scores."""
+    import numpy as np
+    import tiny_bundle as recipe
+    from onnx import numpy_helper
+
+    build = recipe._head
+
+    def changed():  # type: ignore[no-untyped-def]
+        model = build()
+        weight = next(item for item in model.graph.initializer if item.name == "w1")
+        noise = np.random.RandomState(9).normal(0, 0.001, tuple(weight.dims)).astype(np.float32)
+        weight.CopyFrom(numpy_helper.from_array(noise, "w1"))
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "_head", changed)
+        made = recipe.make_bundle()
+    folder = tmp_path_factory.mktemp("bundles") / "other"
+    made.write(folder)
+    return folder
+
+
 @pytest.fixture
 def run() -> RunCommand:
     """Run a command in this process: run(main, "-v", path, ...) -> result with exit_code, stdout, stderr."""

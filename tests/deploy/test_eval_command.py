@@ -110,6 +110,7 @@ SCHEMA = json.loads((Path(__file__).parents[2] / "docs/metrics.schema.json").rea
         (("--protocol", "one-shot", "--ways", "3", "--episodes", "5"), "one-shot", 15),
         (("--pairs", "list.csv"), "file", 3),
         (("--pairs", "pairs.txt"), "file", 8),
+        (("--pairs", "dev.txt"), "file", 4),
     ],
 )
 def test_every_scheme_gives_a_metrics_file_of_the_schema(
@@ -131,6 +132,7 @@ def test_every_scheme_gives_a_metrics_file_of_the_schema(
     rows = ["2\t2", "apple\t0\t1", "bolt\t0\t1", "apple\t0\tbolt\t0", "cog\t0\tbolt\t1"]
     rows += ["cog\t0\t1", "door\t0\t1", "cog\t2\tdoor\t2", "door\t0\tapple\t1"]
     Path("pairs.txt").write_text("\n".join(rows) + "\n")
+    Path("dev.txt").write_text("\n".join(["2", *rows[1:5]]) + "\n")
     for copies in pictures.glob("*/*_*.png"):
         if scheme != "file":
             copies.unlink()

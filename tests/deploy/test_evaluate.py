@@ -1,0 +1,87 @@
+"""Evaluations of more pairs than one chunk has."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import RunCommand
+from PIL import Image
+
+from siamese_deploy import OnnxVerifier
+from siamese_deploy.cli.eval import main as siamese_eval
+from siamese_deploy.demo_data import draw_character
+from siamese_deploy.embedding import SCORE_CHUNK_PAIRS
+from siamese_deploy.evaluate import evaluate_pairs, resample
+from siamese_deploy.image_folder import scan_image_folder
+from siamese_deploy.metrics_file import metrics_content
+from siamese_deploy.pairs import every_pair
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """13 classes of 10 pictures: 8,385 pairs."""
+    root = tmp_path_factory.mktemp("many")
+    for k in range(13):
+        (root / f"c{k:02}").mkdir()
+        for n in range(10):
+            draw_character(k, n).resize((40, 48), Image.Resampling.BILINEAR).save(root / f"c{k:02}/{n}.png")
+    return root
+
+
+def test_scores_and_flips_stay_with_their_pairs_across_chunks(
+    run: RunCommand, many: Path, tiny_bundle: Path, other_bundle: Path, tmp_path: Path
+) -> None:
+    evaluate = ("-v", many, "--pairs", "all", "--provider", "cpu")
+    for name, bundle, more in (("a", tiny_bundle, ()), ("b", other_bundle, ("--compare", tmp_path / "a"))):
+        result = run(siamese_eval, *evaluate, "-o", tmp_path / name, "-c", bundle, *more)
+        assert result.exit_code == 0, result.output
+        assert "and 0 pair pictures" in result.stdout  # more than are drawn unasked
+    rows = {}
+    for name in ("a/pairs.csv", "b/pairs.csv", "b/flips.csv"):
+        with open(tmp_path / name, newline="") as file:
+            rows[name] = list(csv.DictReader(file))
+    before, after, flips = rows.values()
+    assert len(before) > SCORE_CHUNK_PAIRS
+    verifier = OnnxVerifier(other_bundle, provider="cpu")
+    for k in (0, SCORE_CHUNK_PAIRS - 1, SCORE_CHUNK_PAIRS, len(after) - 1):
+        score = verifier.compare(many / after[k]["left"], many / after[k]["right"])
+        assert float(after[k]["score"]) == pytest.approx(score, abs=1e-6)
+    flipped = [k for k, (a, b) in enumerate(zip(before, after, strict=True)) if a["decision"] != b["decision"]]
+    assert flipped[-1] >= SCORE_CHUNK_PAIRS
+    assert [int(row["pair"]) for row in flips] == flipped
+    for row in flips:
+        of_both = [rows[name][int(row["pair"])] for name in ("a/pairs.csv", "b/pairs.csv")]
+        assert {(one["left"], one["right"]) for one in of_both} == {(row["left"], row["right"])}
+        assert [one["score"] for one in of_both] == [row["score_before"], row["score_after"]]
+    changes = json.loads((tmp_path / "b/comparison.json").read_text())["changes"].values()
+    certain = [change for change in changes if change["difference"]["p_value"] < 0.05]
+    assert certain
+    for change in certain:  # after minus before, also in the interval
+        middle = (change["difference"]["low"] + change["difference"]["high"]) / 2
+        assert middle * (change["after"] - change["before"]) > 0
+
+
+def test_beyond_the_exact_limit_figures_are_streamed_and_say_how_far_off_they_can_be(
+    many: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verifier = OnnxVerifier(tiny_bundle, provider="cpu")
+    folder = scan_image_folder(many)
+    exact = evaluate_pairs(verifier, folder, every_pair(folder))
+    monkeypatch.setattr("siamese_deploy.evaluate.EXACT_PAIRS", 1000)
+    monkeypatch.setattr("siamese_deploy.evaluate.SCORES_IN_MEMORY", 1000)
+    streamed = evaluate_pairs(verifier, folder, every_pair(folder))
+    assert isinstance(streamed.scores, np.memmap)
+    assert np.array_equal(streamed.scores, exact.scores)
+    contents = [
+        metrics_content(found, resample(found), verifier, pair_scheme="all", seed=None) for found in (exact, streamed)
+    ]
+    assert [content["exact"] for content in contents] == [True, False]
+    assert contents[0]["bounds"] == {}
+    for name in ("roc_auc", "average_precision", "eer", "loss", "accuracy"):
+        assert abs(contents[0][name] - contents[1][name]) <= contents[1]["bounds"][name] + 1e-9
+    for name in ("pairs", "same_pairs", "pair_digest"):
+        assert contents[0][name] == contents[1][name]

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.pool import MapResult, ThreadPool
@@ -103,16 +103,21 @@ def embed_images(
     images: npt.NDArray[np.int64],
     *,
     cache: EmbeddingCache | None = None,
+    after_batch: Callable[[ImageEmbeddings, int], None] | None = None,
     show_progress: bool = False,
 ) -> ImageEmbeddings:
     """Embed each of the pictures `images` (indices into folder.paths) once; unreadable ones are skipped and listed.
+
+    Args:
+        after_batch: called after each batch with what there is so far and how many of `images` are done with.
 
     Raises:
         InputDataError: not one of the pictures can be read.
         IntegrityError: the network answered with NaN or infinity.
     """
-    rows: list[Embeddings] = []
+    vectors = np.empty((len(images), verifier.embedding_dim), dtype=np.float32)
     row_of_image = np.full(len(folder), -1, dtype=np.int64)
+    n_rows = 0
     skipped: list[SkippedFile] = []
     from_cache = 0
     remaining = iter(images.tolist())
@@ -126,15 +131,19 @@ def embed_images(
                 if item.vector is None:
                     skipped.append(SkippedFile(folder.paths[image], item.reason))
                 else:
-                    row_of_image[image] = len(rows)
-                    rows.append(item.vector)
+                    vectors[n_rows] = item.vector
+                    row_of_image[image] = n_rows
+                    n_rows += 1
                     from_cache += item.from_cache
             progress.update(len(batch))
+            if after_batch:
+                so_far = ImageEmbeddings(vectors[:n_rows], row_of_image, tuple(skipped), from_cache)
+                after_batch(so_far, n_rows + len(skipped))
             let_interrupts_through()
-    if not rows:
+    if not n_rows:
         reason = f" ({skipped[0].reason}, ...)" if skipped else ""
         raise InputDataError(f"{folder.root}: none of {len(images)} pictures can be read{reason}")
-    return ImageEmbeddings(np.stack(rows), row_of_image, tuple(skipped), from_cache)
+    return ImageEmbeddings(vectors[:n_rows], row_of_image, tuple(skipped), from_cache)
 
 
 def score_chunks(verifier: Verifier, embeddings: ImageEmbeddings, pairs: PairList) -> Iterator[tuple[Pairs, Scores]]:

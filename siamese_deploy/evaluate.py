@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,19 +80,24 @@ def evaluate_pairs(
     *,
     strict: bool = False,
     cache: EmbeddingCache | None = None,
+    after_batch: Callable[[ImageEmbeddings, int], None] | None = None,
     show_progress: bool = False,
 ) -> Evaluation:
     """Embed the pictures of `pairs`, score the pairs, and compute the metrics at the verifier's threshold.
 
     Args:
         strict: do not leave out what cannot be read.
+        after_batch: see `embed_images`.
 
     Raises:
         InputDataError: no pair is left, or `strict` and a picture or folder cannot be read.
         IntegrityError: the network gives NaN.
     """
     started = time.perf_counter()
-    embeddings = embed_images(verifier, folder, pairs.unique_images(), cache=cache, show_progress=show_progress)
+    images = pairs.unique_images()
+    embeddings = embed_images(
+        verifier, folder, images, cache=cache, after_batch=after_batch, show_progress=show_progress
+    )
     embed_s = time.perf_counter() - started
     skipped = folder.skipped + embeddings.skipped
     if strict and skipped:

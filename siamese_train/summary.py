@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from siamese_deploy.evaluate import Evaluation
-from siamese_deploy.report import draw_pair
+from siamese_deploy.pair_drawing import draw_pair
 from siamese_train.config import TrainConfig
 
 WORST_PAIRS_OF_A_KIND = 4

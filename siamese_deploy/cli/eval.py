@@ -49,6 +49,7 @@ def evaluate_into(
     """Evaluate, write the report into the output folder and print the summary; shared with siamese-train-eval."""
     from siamese_deploy.evaluate import evaluate_pairs, resample
     from siamese_deploy.metrics_file import metrics_content
+    from siamese_deploy.pair_drawing import PairDrawing
     from siamese_deploy.report import write_report
     from siamese_deploy.result_folder import refuse_inside, result_folder
 
@@ -57,20 +58,22 @@ def evaluate_into(
     with result_folder(options.out_path) as staging:
         folder, pairs, scheme = options.choose_pairs()
         verifier = open_verifier()
-        evaluation = evaluate_pairs(
-            verifier, folder, pairs, strict=options.strict, cache=cache, show_progress=show_progress
-        )
-        spread = resample(evaluation, show_progress=show_progress)
-        content = metrics_content(evaluation, spread, verifier, pair_scheme=scheme, seed=options.seed_of(scheme))
-        comparison = _compare(options.compare, evaluation, spread, open_bundle, cache) if options.compare else None
-        drawn = write_report(
-            staging,
-            evaluation,
-            content,
-            images=options.images,
-            comparison=comparison,
-            show_progress=show_progress,
-        )
+        with PairDrawing(staging, folder, pairs, verifier, options.images) as drawing:
+            evaluation = evaluate_pairs(
+                verifier,
+                folder,
+                pairs,
+                strict=options.strict,
+                cache=cache,
+                after_batch=drawing.draw_early,
+                show_progress=show_progress,
+            )
+            spread = resample(evaluation, show_progress=show_progress)
+            content = metrics_content(evaluation, spread, verifier, pair_scheme=scheme, seed=options.seed_of(scheme))
+            other = options.compare
+            comparison = _compare(other, evaluation, spread, open_bundle, cache) if other else None
+            write_report(staging, evaluation, content, comparison)
+            drawn = drawing.finish(evaluation, show_progress=show_progress)
     _print_summary(evaluation, options, scheme, drawn)
     for line in comparison.table() if comparison else []:
         click.echo(line)

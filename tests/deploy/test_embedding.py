@@ -23,7 +23,7 @@ class Overflowing:
 
     def __init__(self, verifier: OnnxVerifier, bad_image: int, bad_score: float) -> None:
         self.preprocess, self.backend, self.provider = verifier.preprocess, verifier.backend, verifier.provider
-        self.model_digest = verifier.model_digest
+        self.model_digest, self.embedding_dim = verifier.model_digest, verifier.embedding_dim
         self._verifier, self._bad_image, self._bad_score = verifier, bad_image, bad_score
         self.images_embedded = 0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,11 @@ from siamese_deploy.demo_data import draw_character
 from siamese_deploy.embedding import SCORE_CHUNK_PAIRS
 from siamese_deploy.evaluate import evaluate_pairs, resample
 from siamese_deploy.image_folder import scan_image_folder
+from siamese_deploy.metrics import accepted
 from siamese_deploy.metrics_file import metrics_content
-from siamese_deploy.pairs import every_pair
+from siamese_deploy.pair_drawing import PairDrawing
+from siamese_deploy.pairs import every_pair, one_shot_pairs, sample_pairs
+from siamese_deploy.verifier import Embeddings, Scores
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +90,59 @@ def test_beyond_the_exact_limit_figures_are_streamed_and_say_how_far_off_they_ca
         assert abs(contents[0][name] - contents[1][name]) <= contents[1]["bounds"][name] + 1e-9
     for name in ("pairs", "same_pairs", "pair_digest"):
         assert contents[0][name] == contents[1][name]
+
+
+class Uncertain:
+    """Scores of the first calls are a little off, as those of another batch size may be on a GPU."""
+
+    def __init__(self, verifier: OnnxVerifier, calls: int) -> None:
+        self._verifier, self._calls = verifier, calls
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._verifier, name)
+
+    def score(self, left: Embeddings, right: Embeddings) -> Scores:
+        self._calls -= 1
+        scores = self._verifier.score(left, right)
+        return np.nextafter(scores, np.float32(1)) if self._calls >= 0 else scores
+
+
+@pytest.mark.parametrize(
+    ("images", "case"),
+    [
+        *(("all", case) for case in ("plain", "unreadable", "one-shot", "uncertain")),
+        *(("errors", case) for case in ("unreadable", "uncertain")),
+        (7, "unreadable"),
+        (None, "plain"),
+        ("none", "plain"),
+    ],
+)
+def test_pictures_drawn_while_embedding_are_those_drawn_afterwards(
+    many: Path, tiny_bundle: Path, tmp_path: Path, images: str | int | None, case: str
+) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(many, root)
+    if case in ("unreadable", "one-shot"):
+        (root / "c01/3.png").write_bytes(b"")
+        (root / "c12/9.png").write_bytes(b"")
+    verifier = OnnxVerifier(tiny_bundle, provider="cpu")
+    folder = scan_image_folder(root)
+    pairs = one_shot_pairs(folder, 5, 20) if case == "one-shot" else sample_pairs(folder)
+    drawn: list[dict[str, bytes]] = []
+    for early in (True, False):
+        staging = tmp_path / f"early{early}"
+        staging.mkdir()
+        asked = Uncertain(verifier, 3 if early else 0) if case == "uncertain" else verifier
+        with PairDrawing(staging, folder, pairs, asked, images) as drawing:
+            found = evaluate_pairs(asked, folder, pairs, after_batch=drawing.draw_early if early else None)
+            if early and images in ("all", None):
+                deadline = time.monotonic() + 30
+                while not list(staging.glob("*.png")):  # without being asked to finish
+                    assert time.monotonic() < deadline
+            number = drawing.finish(found)
+        drawn.append({file.name: file.read_bytes() for file in staging.iterdir()})
+        assert len(drawn[-1]) == number
+    assert drawn[0] == drawn[1]
+    wrong = accepted(found.scores, found.metrics.threshold) != found.pairs.is_same
+    expected = {"all": range(len(found.pairs)), "errors": np.flatnonzero(wrong), "none": (), 7: range(7)}
+    assert set(drawn[0]) == {f"{k}.png" for k in expected[images or "all"]}

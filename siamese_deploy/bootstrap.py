@@ -6,8 +6,8 @@ bootstrap", Computer Vision and Image Understanding 93 (2004), with the class as
 times brings its inner pairs m times; the pairs of classes a and b come m_a * m_b times. Intervals are percentiles
 (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993).
 
-Of n classes, a pair of two classes so comes (1 - 1 / n) times on average and a pair within a class once. Figures that
-depend on the share of same pairs (accuracy, average precision) weigh same pairs by (1 - 1 / n) to keep it.
+Of n classes, a pair of two classes so comes (1 - 1 / n) times on average and a pair within a class once. Pairs within a
+class are therefore weighted by (1 - 1 / n): figures depend on the share of same pairs (accuracy, average precision).
 
 Only `RandomState.random_sample` is drawn from, and all counts are whole numbers: the same pairs give the same
 replicates on every machine.
@@ -30,6 +30,8 @@ METHOD = "percentile bootstrap over classes"
 LEVEL = 0.95
 REPLICATES = 1000
 MIN_REPLICATES = 200
+MIN_CLASSES = 4
+"""Of two classes, say, every draw with pairs of both kinds is the same one, and the interval would have no width."""
 FULL_PAIRS = 10**6
 """Up to so many pairs all replicates are computed; of n times as many pairs, one in n of them."""
 
@@ -102,8 +104,9 @@ def bootstrap(
         counts: of the same pairs.
         threshold: the operating one.
     """
-    if n_classes < 2:
-        return Replicates({}, 0, n_classes, seed, "needs pairs of at least two classes, got one class")
+    if n_classes < MIN_CLASSES:
+        reason = f"needs pairs of at least {MIN_CLASSES} classes, got {n_classes}: resampling so few tells nothing"
+        return Replicates({}, 0, n_classes, seed, reason)
     pairs = counts.same_pairs + counts.different_pairs
     drawn = _times_drawn(n_classes, replicates_for(pairs, replicates), seed)
     edges = _edges(counts, threshold)
@@ -117,7 +120,6 @@ def bootstrap(
             by_kind[:, 0, k : k + _REPLICATES_AT_A_TIME],
             edges,
             threshold,
-            same_weight=1 - 1 / n_classes,
         )
         for k in range(0, drawn.shape[1], _REPLICATES_AT_A_TIME)
     ]
@@ -136,13 +138,14 @@ class Difference:
     high: float
     """Ends of the 95 % interval."""
     p_value: float
-    """Two-sided, of "both are equally good"; at least 1 / replicates."""
+    """Two-sided, of "both are equally good"; at least 2 / (replicates + 1)."""
 
 
 def paired_difference(first: Replicates, second: Replicates, name: str) -> Difference | None:
     """Both of the same pairs, number of classes and seed. None where one of them has no interval.
 
-    p is twice the smaller share of replicates in which the difference is at most 0, or at least 0.
+    p is twice the smaller share of replicates in which the difference is at most 0, or at least 0, each counted with one
+    more (Davison and Hinkley, "Bootstrap Methods and their Application" (1997), 4.2).
     """
     if (first.classes, first.seed, first.replicates) != (second.classes, second.seed, second.replicates):
         raise ValueError("replicates of different classes, seeds or numbers of pairs cannot be paired")
@@ -153,8 +156,8 @@ def paired_difference(first: Replicates, second: Replicates, name: str) -> Diffe
     if len(change) == 0:
         return None
     low, high = np.percentile(change, _PERCENTILES)
-    p_value = 2 * min(float(np.mean(change <= 0)), float(np.mean(change >= 0)))
-    return Difference(float(low), float(high), min(max(p_value, 1 / len(change)), 1.0))
+    opposed = min(int((change <= 0).sum()), int((change >= 0).sum()))
+    return Difference(float(low), float(high), min(2 * (opposed + 1) / (len(change) + 1), 1.0))
 
 
 def _times_drawn(n_classes: int, replicates: int, seed: int) -> npt.NDArray[np.uint8]:
@@ -227,32 +230,32 @@ def _add_weights(sums: Numbers, codes: Integers, number: Integers, drawn: npt.ND
     n_classes = len(drawn) - 1
     rest, b = np.divmod(codes, n_classes)
     row, a = np.divmod(rest, n_classes)
-    b[a == b] = n_classes  # pairs within a class come as often as the class, not as its square
-    several = number.max() > 1
+    within = a == b
+    b[within] = n_classes  # pairs within a class come as often as the class, not as its square
+    # The weights 1 and 1 - 1 / n, n times as large: whole numbers, so that sums are exact.
+    number = number * np.where(within, n_classes - 1, n_classes)
     for k in range(0, drawn.shape[1], _REPLICATES_AT_A_TIME):
         times = drawn[:, k : k + _REPLICATES_AT_A_TIME].astype(np.float64)  # exact up to 2^53
         for start in range(0, len(codes), _ROWS):
             here = slice(start, start + _ROWS)
             weights = times[a[here]]
             weights *= times[b[here]]
-            if several:
-                weights *= number[here, None]
+            weights *= number[here, None]
             first = np.flatnonzero(np.diff(row[here], prepend=-1))
             sums[row[here][first], k : k + _REPLICATES_AT_A_TIME] += np.add.reduceat(weights, first, axis=0)
 
 
 def _figures(
-    same: Numbers, different: Numbers, edges: Numbers, threshold: float, same_weight: float
+    same: Numbers, different: Numbers, edges: Numbers, threshold: float
 ) -> dict[str, Numbers]:
     """(bins, replicates) counts -> name -> (replicates,) values; definitions are those of `metrics`."""
     same_accepted, different_accepted = (np.cumsum(kind[::-1], axis=0)[::-1] for kind in (same, different))
     n_same, n_different = same_accepted[0], different_accepted[0]
     at_half, at_threshold = (int(np.searchsorted(edges, t)) for t in (REFERENCE_THRESHOLD, threshold))
-    weighted = same_weight * same_accepted
-    accepted = weighted + different_accepted
+    accepted = same_accepted + different_accepted
     with np.errstate(divide="ignore", invalid="ignore"):
         far, rejected_same = different_accepted / n_different, 1 - same_accepted / n_same
-        precision = np.divide(weighted, accepted, out=np.zeros_like(accepted), where=accepted > 0)
+        precision = np.divide(same_accepted, accepted, out=np.zeros_like(accepted), where=accepted > 0)
         crossing = np.argmin(np.abs(different_accepted * n_same - (n_same - same_accepted) * n_different), axis=0)
         replicate = np.arange(len(n_same))
         figures = {
@@ -263,7 +266,7 @@ def _figures(
             "at_threshold/far": far[at_threshold],
         }
         for name, first in (("accuracy", at_half), ("at_threshold/accuracy", at_threshold)):
-            right = weighted[first] + n_different - different_accepted[first]
+            right = same_accepted[first] + n_different - different_accepted[first]
             figures[name] = right / accepted[0]
         of_none = np.full(len(n_same), np.nan if edges[-1] == 1 else 0.0)  # nothing rejects a score of 1
         tar = np.vstack([same_accepted / n_same, of_none])

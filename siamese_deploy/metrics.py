@@ -301,11 +301,14 @@ def _has_both(counts: ScoreCounts) -> bool:
 
 
 def _threshold_below(counts: ScoreCounts, first: int) -> float:
-    """Half-way between scores[first] and the next lower one; 0 and 1 are what lies beyond the scores."""
+    """Half-way between scores[first] and the next lower one, outside of both bins of a histogram; 0 and 1 are what lies
+    beyond the scores.
+    """
     if first == 0:
         return 0.0
-    above = float(counts.scores[first]) if first < len(counts.scores) else 1.0
-    return (float(counts.scores[first - 1]) + above) / 2
+    low, high = counts.ends
+    above = float(low[first]) if first < len(low) else 1.0
+    return (float(high[first - 1]) + above) / 2
 
 
 def _point(counts: ScoreCounts, first: int, threshold: float | None = None) -> OperatingPoint:

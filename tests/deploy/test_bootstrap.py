@@ -186,18 +186,43 @@ def test_cells_that_do_not_fit_are_added_in_parts(monkeypatch: pytest.MonkeyPatc
         assert values.tobytes() == whole.values[name].tobytes()
 
 
-def test_one_class_gives_no_interval_and_says_why() -> None:
-    scores, is_same, classes = np.array([0.2, 0.9], np.float32), np.array([False, True]), np.zeros(2, np.int64)
-    counts = ScoreCounts.of(scores, is_same)
-    found = bootstrap(lambda: [(classes, classes, is_same, scores)], counts, 1, threshold=0.5)
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_few_classes_give_no_interval_and_say_why(classes: int) -> None:
+    """Of two classes every draw that has a different pair is the same draw: an interval without width."""
+    data = Data(classes=classes, images=6, seed=0)
+    found = bootstrap(data.chunks, ScoreCounts.of(data.scores, data.is_same), classes, threshold=0.5)
     assert found.interval("accuracy") is None
     assert found.reason
-    assert "two classes" in found.reason
+    assert f"at least 4 classes, got {classes}" in found.reason
     assert paired_difference(found, found, "accuracy") is None
 
 
-def test_replicates_without_a_same_pair_are_left_out_and_counted() -> None:
+def test_intervals_of_four_classes_have_a_width_and_hold_the_figure() -> None:
+    for seed in range(10):
+        data = Data(classes=4, images=6, seed=seed)
+        counts = ScoreCounts.of(data.scores, data.is_same)
+        found = bootstrap(data.chunks, counts, 4, threshold=0.5)
+        metrics = metrics_of_counts(counts)
+        for name in ("accuracy", "roc_auc", "average_precision"):
+            interval = found.interval(name)
+            assert interval
+            assert interval[0] < getattr(metrics, name) < interval[1]
+
+
+def test_same_pairs_of_two_folders_weigh_as_different_ones_do() -> None:
+    """Lists from files may call pictures of two folders the same (camera A, camera B)."""
+    left = np.repeat(np.arange(0, 10, 2), 20)
+    right = left + 1
+    is_same = np.tile([True, False], 50)
+    scores = np.full(100, 0.1, np.float32)  # all different pairs right, all same ones wrong
+    found = bootstrap(lambda: [(left, right, is_same, scores)], ScoreCounts.of(scores, is_same), 10, threshold=0.5)
+    defined = found.values["accuracy"][~np.isnan(found.values["accuracy"])]
+    assert np.allclose(defined, 0.5)
+
+
+def test_replicates_without_a_same_pair_are_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 3 classes only one has a same pair: (2/3)^3 of the replicates have none."""
+    monkeypatch.setattr("siamese_deploy.bootstrap.MIN_CLASSES", 3)
     left, right = np.array([0, 0, 0, 1]), np.array([0, 1, 2, 2])
     scores, is_same = np.array([0.9, 0.4, 0.6, 0.5], np.float32), left == right
     found = bootstrap(
@@ -244,7 +269,7 @@ def test_a_better_model_is_told_from_an_equal_one() -> None:
     gain = paired_difference(runs["before"], runs["better"], "roc_auc")
     assert gain
     assert 0 < gain.low < gain.high
-    assert gain.p_value == 1 / 200
+    assert gain.p_value == 2 / 201
     loss = paired_difference(runs["better"], runs["before"], "roc_auc")
     assert loss
     assert (loss.low, loss.high, loss.p_value) == pytest.approx((-gain.high, -gain.low, gain.p_value))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siamese_deploy.errors import IntegrityError
-from siamese_deploy.metrics import VerificationMetrics, metrics_of_counts
+from siamese_deploy.metrics import accepted, VerificationMetrics, metrics_of_counts
 from siamese_deploy.score_counts import ScoreCounts, ScoreHistogram
 
 AWKWARD = (0.0, -0.0, 1.0, 0.5, 1e-45, 1e-38, 2.0**-24, 1 - 2.0**-24, 1 - 2.0**-23, 0.5 - 2.0**-25, 0.5 + 2.0**-24)
@@ -83,6 +83,22 @@ def test_streaming_agrees_with_exact_within_the_stated_bounds(
         assert streaming.bounds[name] >= 0
         assert abs(number - true[name]) <= streaming.bounds[name] + 1e-9, name
     assert set(streaming.bounds) == {name for name, number in found.items() if number is not None}
+
+
+def test_a_streamed_threshold_gives_the_rates_that_are_stated_for_it() -> None:
+    random = np.random.RandomState(0)
+    for _ in range(40):
+        is_same = random.random_sample(3000) < 0.2
+        # within few bins of the histogram
+        scores = (0.5 + random.random_sample(3000) * 2e-4 + 1e-5 * is_same).astype(np.float32)
+        histogram = ScoreHistogram()
+        histogram.add(scores, is_same)
+        metrics = metrics_of_counts(histogram.counts())
+        for far, point in metrics.tar_at_far.items():
+            if point:
+                assert point.far <= far
+                assert np.mean(accepted(scores[~is_same], point.threshold)) == point.far
+                assert np.mean(accepted(scores[is_same], point.threshold)) == point.tar
 
 
 def differences(scores: np.ndarray, is_same: np.ndarray, threshold: float) -> dict[str, tuple[float, float]]:

@@ -144,8 +144,8 @@ class Difference:
 def paired_difference(first: Replicates, second: Replicates, name: str) -> Difference | None:
     """Both of the same pairs, number of classes and seed. None where one of them has no interval.
 
-    p is twice the smaller share of replicates in which the difference is at most 0, or at least 0, each counted with one
-    more (Davison and Hinkley, "Bootstrap Methods and their Application" (1997), 4.2).
+    p is twice the smaller share of replicates in which the difference is at most 0, or at least 0, one more counted in
+    (Davison and Hinkley, "Bootstrap Methods and their Application" (1997), 4.2).
     """
     if (first.classes, first.seed, first.replicates) != (second.classes, second.seed, second.replicates):
         raise ValueError("replicates of different classes, seeds or numbers of pairs cannot be paired")
@@ -245,9 +245,7 @@ def _add_weights(sums: Numbers, codes: Integers, number: Integers, drawn: npt.ND
             sums[row[here][first], k : k + _REPLICATES_AT_A_TIME] += np.add.reduceat(weights, first, axis=0)
 
 
-def _figures(
-    same: Numbers, different: Numbers, edges: Numbers, threshold: float
-) -> dict[str, Numbers]:
+def _figures(same: Numbers, different: Numbers, edges: Numbers, threshold: float) -> dict[str, Numbers]:
     """(bins, replicates) counts -> name -> (replicates,) values; definitions are those of `metrics`."""
     same_accepted, different_accepted = (np.cumsum(kind[::-1], axis=0)[::-1] for kind in (same, different))
     n_same, n_different = same_accepted[0], different_accepted[0]

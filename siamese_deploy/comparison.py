@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from siamese_deploy.bootstrap import Difference, Replicates, paired_difference
+from siamese_deploy.embedding import SCORE_CHUNK_PAIRS
 from siamese_deploy.errors import InputDataError, IntegrityError
-from siamese_deploy.evaluate import Evaluation, resample
+from siamese_deploy.evaluate import Evaluation, counted, resample
 from siamese_deploy.metrics import accepted, metrics_of_counts
 from siamese_deploy.metrics_file import read_metrics
-from siamese_deploy.pairs_csv import csv_bytes, harmless, read_scores, shortest_float32
-from siamese_deploy.score_counts import ScoreCounts
+from siamese_deploy.pairs_csv import read_scores, shortest_float32
+from siamese_deploy.table_files import csv_bytes, harmless
 
 FORMAT = "siamese-comparison/1"
 
@@ -67,27 +68,22 @@ class Comparison:
             "flipped_now_wrong": len(self.flipped) - self.now_right,
         }
 
-    def flips_csv(self) -> bytes:
+    def write_flips(self, file: Path) -> None:
         """The flipped pairs: pair (row in pairs.csv, from 0), left, right, is_same, score_before, score_after."""
-        paths, before, after = self.after.folder.paths, self.before.scores, self.after.scores
-        rows: list[tuple[object, ...]] = [("pair", "left", "right", "is_same", "score_before", "score_after")]
-        wanted = self.flipped
-        start = 0
-        for pairs, _ in self.after.chunks():
-            here = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, start + len(pairs))]
-            for pair in here.tolist():
-                k = pair - start
-                rows.append(
-                    (
-                        pair,
-                        harmless(paths[int(pairs.left[k])]),
-                        harmless(paths[int(pairs.right[k])]),
-                        int(pairs.is_same[k]),
-                        *shortest_float32(np.array([before[pair], after[pair]])),
-                    )
+        paths = self.after.folder.paths
+        with file.open("wb") as out:
+            out.write(csv_bytes([("pair", "left", "right", "is_same", "score_before", "score_after")]))
+            for numbers in np.array_split(self.flipped, len(self.flipped) // SCORE_CHUNK_PAIRS + 1):
+                pairs = self.after.pairs.take(numbers)
+                columns = (
+                    numbers.tolist(),
+                    [harmless(paths[image]) for image in pairs.left.tolist()],
+                    [harmless(paths[image]) for image in pairs.right.tolist()],
+                    pairs.is_same.astype(np.int64).tolist(),
+                    shortest_float32(self.before.scores[numbers]),
+                    shortest_float32(self.after.scores[numbers]),
                 )
-            start += len(pairs)
-        return csv_bytes(rows)
+                out.write(csv_bytes(zip(*columns, strict=True)))
 
     def table(self) -> list[str]:
         """Lines for people."""
@@ -104,6 +100,11 @@ class Comparison:
         return lines
 
 
+def metrics_file_of(path: Path) -> Path:
+    """`path` may be the file, or the folder that an evaluation was written into."""
+    return path / "metrics.json" if path.is_dir() else path
+
+
 def read_earlier(path: Path, evaluation: Evaluation) -> tuple[Evaluation, str]:
     """An earlier evaluation of the same pairs, from its metrics.json (or the folder with it), and its model's digest.
 
@@ -111,7 +112,7 @@ def read_earlier(path: Path, evaluation: Evaluation) -> tuple[Evaluation, str]:
         InputDataError: it is not there, or is one of other pairs.
         IntegrityError: it is damaged.
     """
-    file = path / "metrics.json" if path.is_dir() else path
+    file = metrics_file_of(path)
     content = read_metrics(file)
     if content["pair_digest"] != evaluation.pair_digest:
         raise InputDataError(
@@ -119,10 +120,10 @@ def read_earlier(path: Path, evaluation: Evaluation) -> tuple[Evaluation, str]:
             f"{evaluation.pair_digest[:12]}...); evaluate both on the same folder with the same --pairs and --seed"
         )
     threshold = content.get("threshold")
-    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise IntegrityError(f"{file}: has no threshold in [0, 1]; evaluate that model again")
     scores = read_scores(file.with_name("pairs.csv"), evaluation)
-    counts = ScoreCounts.of(scores, evaluation.pairs.is_same)
+    counts = counted(scores, evaluation.pairs)
     metrics = metrics_of_counts(counts, threshold=threshold)
     earlier = replace(evaluation, scores=scores, counts=counts, metrics=metrics)
     return earlier, str(content.get("model_digest", ""))
@@ -148,10 +149,20 @@ def compare(before: Evaluation, after: Evaluation, before_digest: str, after_spr
         for name, value in figures[1].items()
         if name in figures[0]
     )
-    decided = [accepted(run.scores, run.metrics.threshold) for run in (before, after)]
-    flipped = np.flatnonzero(decided[0] != decided[1])
-    now_right = int((decided[1][flipped] == after.pairs.is_same[flipped]).sum())
+    flipped, now_right = _flips(before, after)
     return Comparison(before, after, before_digest, changes, flipped, now_right)
+
+
+def _flips(before: Evaluation, after: Evaluation) -> tuple[npt.NDArray[np.int64], int]:
+    found, now_right, start = [np.empty(0, np.int64)], 0, 0
+    for pairs, scores in after.chunks():
+        earlier = accepted(before.scores[start : start + len(pairs)], before.metrics.threshold)
+        later = accepted(scores, after.metrics.threshold)
+        here = np.flatnonzero(earlier != later)
+        found.append(start + here)
+        now_right += int((later[here] == pairs.is_same[here]).sum())
+        start += len(pairs)
+    return np.concatenate(found), now_right
 
 
 def figures_of(evaluation: Evaluation) -> dict[str, float]:

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -39,13 +40,34 @@ class Evaluation:
     metrics: VerificationMetrics
     pair_digest: str
     """SHA-256 (hex) of the scored pairs; two evaluations compare only where it is equal."""
-    pairs_skipped: int
+    asked: PairList
+    """The pairs that were asked for."""
+    usable: npt.NDArray[np.bool_]
+    """(n_images,) whether each picture of the folder has an embedding."""
     skipped: tuple[SkippedFile, ...]
     """Files left out by the scan and pictures that could not be read."""
     images_embedded: int
     images_from_cache: int
     embed_s: float
     score_s: float
+
+    @property
+    def pairs_skipped(self) -> int:
+        return len(self.asked) - len(self.pairs)
+
+    def skipped_pairs(self) -> Iterator[Pairs]:
+        """The pairs that were asked for and not scored, in order, chunk by chunk."""
+        size = SCORE_CHUNK_PAIRS // max(self.asked.ways, 1) * max(self.asked.ways, 1)  # episodes go as a whole
+        for chunk in self.asked.chunks(size) if self.pairs_skipped else ():
+            lost = ~(self.usable[chunk.left] & self.usable[chunk.right])
+            if self.asked.ways:
+                lost = np.repeat(lost.reshape(-1, self.asked.ways).any(axis=1), self.asked.ways)
+            yield chunk.where(lost)
+
+    @cached_property
+    def images(self) -> npt.NDArray[np.int64]:
+        """(n,) sorted indices of the pictures in the scored pairs."""
+        return self.pairs.unique_images()
 
     def chunks(self, size: int = SCORE_CHUNK_PAIRS) -> Iterator[tuple[Pairs, Scores]]:
         """The pairs and their scores in order, at most `size` at a time."""
@@ -118,12 +140,14 @@ def evaluate_embedded(
     show_progress: bool = False,
 ) -> Evaluation:
     """`evaluate_pairs` of pictures that are embedded already."""
-    scored = pairs.among(embeddings.row_of_image >= 0)
+    usable = embeddings.row_of_image >= 0
+    scored = pairs.among(usable)
     if len(scored) == 0:
         raise InputDataError(f"{folder.root}: no pair is left after {len(embeddings.skipped)} unreadable pictures")
     started = time.perf_counter()
-    scores, counts = _score(verifier, embeddings, scored, show_progress)
+    scores = _score(verifier, embeddings, scored, show_progress)
     score_s = time.perf_counter() - started
+    counts = counted(scores, scored)
     return Evaluation(
         folder=folder,
         pairs=scored,
@@ -131,7 +155,8 @@ def evaluate_embedded(
         counts=counts,
         metrics=metrics_of_counts(counts, threshold=verifier.threshold),
         pair_digest=scored.digest(folder),
-        pairs_skipped=len(pairs) - len(scored),
+        asked=pairs,
+        usable=usable,
         skipped=folder.skipped + embeddings.skipped,
         images_embedded=len(embeddings.vectors) - embeddings.from_cache,
         images_from_cache=embeddings.from_cache,
@@ -142,7 +167,9 @@ def evaluate_embedded(
 
 def resample(evaluation: Evaluation, *, show_progress: bool = False) -> Replicates:
     """What the metrics would be for other draws of the classes; see `bootstrap`."""
-    labels = evaluation.folder.labels
+    # Classes that are in no scored pair (all pictures unreadable, say) are none.
+    in_use = np.unique(evaluation.folder.labels[evaluation.images])
+    labels = np.searchsorted(in_use, evaluation.folder.labels)
 
     def chunks() -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_], Scores]]:
         with tqdm(
@@ -152,29 +179,40 @@ def resample(evaluation: Evaluation, *, show_progress: bool = False) -> Replicat
                 yield labels[pairs.left], labels[pairs.right], pairs.is_same, scores
                 progress.update(len(pairs))
 
-    return bootstrap(
-        chunks, evaluation.counts, len(evaluation.folder.class_names), threshold=evaluation.metrics.threshold
-    )
+    return bootstrap(chunks, evaluation.counts, len(in_use), threshold=evaluation.metrics.threshold)
 
 
-def _score(
-    verifier: Verifier, embeddings: ImageEmbeddings, pairs: PairList, show_progress: bool
-) -> tuple[Scores, ScoreCounts]:
-    scores = _room_for_scores(len(pairs))
-    histogram = None if len(pairs) <= EXACT_PAIRS else ScoreHistogram()
+def _score(verifier: Verifier, embeddings: ImageEmbeddings, pairs: PairList, show_progress: bool) -> Scores:
+    scores = room_for_scores(len(pairs))
     done = 0
     with tqdm(total=len(pairs), desc="scoring", unit="pair", unit_scale=True, disable=not show_progress) as progress:
         for chunk, chunk_scores in score_chunks(verifier, embeddings, pairs):
             scores[done : done + len(chunk)] = chunk_scores
-            if histogram is not None:
-                histogram.add(chunk_scores, chunk.is_same)
             done += len(chunk)
             progress.update(len(chunk))
-    return scores, ScoreCounts.of(scores, pairs.is_same) if histogram is None else histogram.counts()
+    return scores
 
 
-def _room_for_scores(pairs: int) -> Scores:
+def counted(scores: Scores, pairs: PairList) -> ScoreCounts:
+    """Exact for up to EXACT_PAIRS pairs, else from a histogram."""
+    if len(pairs) <= EXACT_PAIRS:
+        return ScoreCounts.of(scores, pairs.is_same)
+    histogram, done = ScoreHistogram(), 0
+    for chunk in pairs.chunks(SCORE_CHUNK_PAIRS):
+        histogram.add(scores[done : done + len(chunk)], chunk.is_same)
+        done += len(chunk)
+    return histogram.counts()
+
+
+def room_for_scores(pairs: int) -> Scores:
+    """(pairs,) float32, in memory or in a file.
+
+    Raises:
+        OSError: no room for the file.
+    """
     if pairs <= SCORES_IN_MEMORY:
         return np.empty(pairs, dtype=np.float32)
     with tempfile.TemporaryFile() as file:  # the mapping keeps it; it goes with the process
-        return np.memmap(file, dtype=np.float32, mode="w+", shape=(pairs,))
+        # Without its blocks set aside, a disk that is full later would end the process by a signal.
+        os.posix_fallocate(file.fileno(), 0, 4 * pairs)
+        return np.memmap(file, dtype=np.float32, mode="r+", shape=(pairs,))

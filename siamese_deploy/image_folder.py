@@ -116,10 +116,14 @@ def image_folder_of(root: Path, paths: Iterable[str], skipped: tuple[SkippedFile
     return ImageFolder(root, tuple(ordered), labels, tuple(class_names), skipped)
 
 
+HIDDEN = (".", "@eaDir", "__MACOSX")
+"""Names that begin so are what file managers, cameras and archives leave behind."""
+
+
 def _visible_entries(folder: Path) -> list[os.DirEntry[str]]:
     """Entries of one folder without what file managers, cameras and archives leave behind."""
     with os.scandir(folder) as entries:
-        return [e for e in entries if not e.name.startswith((".", "@eaDir", "__MACOSX"))]
+        return [e for e in entries if not e.name.startswith(HIDDEN)]
 
 
 def _why_empty(root: Path, entries: list[os.DirEntry[str]]) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from siamese_deploy.bootstrap import LEVEL, METHOD, Replicates
-from siamese_deploy.errors import InputDataError, IntegrityError
+from siamese_deploy.errors import IntegrityError
 from siamese_deploy.evaluate import Evaluation
 from siamese_deploy.metrics import FALSE_ACCEPT_RATES, fold_accuracy, one_shot_accuracy
 from siamese_deploy.pairs import Pairs
+from siamese_deploy.table_files import open_text
 from siamese_deploy.verifier import Verifier
 
 FORMAT = "siamese-evaluation/1"
@@ -65,9 +66,9 @@ def metrics_content(
         "intervals": _intervals(spread),
         "exact": evaluation.counts.exact,
         "bounds": dict(metrics.bounds),
-        "not_computed": metrics.not_computed | ({"intervals": spread.reason} if spread.reason else {}),
-        "classes": len(evaluation.folder.class_names),
-        "images": len(evaluation.folder),
+        "not_computed": metrics.not_computed | _not_computed(evaluation, spread),
+        "classes": len(np.unique(evaluation.folder.labels[evaluation.images])),
+        "images": len(evaluation.images),
         "files_skipped": len(evaluation.skipped),
         "pairs_skipped": evaluation.pairs_skipped,
         "backend": verifier.backend,
@@ -86,13 +87,13 @@ def read_metrics(file: Path) -> dict[str, Any]:
 
     Raises:
         InputDataError: there is none.
+        EnvironmentFault: it may not be read.
         IntegrityError: it is something else, or damaged.
     """
     try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise InputDataError(f"{file}: no such file; expected the metrics.json of an earlier evaluation") from error
-    except ValueError as error:
+        with open_text(file, "the metrics.json of an earlier evaluation") as text:
+            content = json.load(text)
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{file}: is no metrics.json (not JSON)") from error
     if (
         not isinstance(content, dict)
@@ -116,9 +117,20 @@ def _calibration(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
+def _not_computed(evaluation: Evaluation, spread: Replicates) -> dict[str, str]:
+    reasons = {"intervals": spread.reason} if spread.reason else {}
+    if isinstance(evaluation.pairs, Pairs) and evaluation.pairs.fold is not None and _n_folds(evaluation.pairs) < 2:
+        reasons["folds"] = "accuracy over folds needs at least two folds with pairs, got one"
+    return reasons
+
+
+def _n_folds(pairs: Pairs) -> int:
+    return 0 if pairs.fold is None else len(np.unique(pairs.fold))
+
+
 def _folds(evaluation: Evaluation) -> dict[str, Any] | None:
     pairs = evaluation.pairs
-    if not isinstance(pairs, Pairs) or pairs.fold is None or not pairs.fold.any():  # one fold has no others
+    if not isinstance(pairs, Pairs) or pairs.fold is None or _n_folds(pairs) < 2:
         return None
     found = fold_accuracy(evaluation.scores, pairs.is_same, pairs.fold)
     return {"accuracy": found.mean, "standard_error": found.standard_error, "accuracies": list(found.accuracies)}
@@ -162,7 +174,8 @@ def _run(evaluation: Evaluation, verifier: Verifier) -> dict[str, Any]:
         "seconds": {"embed": _digits(evaluation.embed_s), "score": _digits(evaluation.score_s)},
         "images_embedded": embedded,
         "images_from_cache": evaluation.images_from_cache,
-        "embed_ms_per_image": _digits(1e3 * evaluation.embed_s / embedded) if embedded else None,
+        # Of a partly warm cache the time says nothing of either kind.
+        "embed_ms_per_image": None if evaluation.images_from_cache else _digits(1e3 * evaluation.embed_s / embedded),
         "score_us_per_pair": _digits(1e6 * evaluation.score_s / pairs),
     }
 

@@ -61,7 +61,7 @@ class PairDrawing:
         self._tile = lru_cache(maxsize=_TILES_IN_MEMORY)(partial(tile, folder))
         self._early: dict[int, tuple[np.float32, AsyncResult[None]]] = {}
         self._waiting = np.empty(0, np.int64)
-        if isinstance(pairs, Pairs) and images != "none":
+        if isinstance(pairs, Pairs) and images != "none" and len(pairs) <= DRAWN_BY_DEFAULT:
             position = np.zeros(len(folder), np.int64)
             position[pairs.unique_images()] = np.arange(len(pairs.unique_images()))
             complete_after = np.maximum(position[pairs.left], position[pairs.right]) + 1
@@ -85,6 +85,8 @@ class PairDrawing:
         if n_complete == 0:
             return
         self._complete_after = self._complete_after[n_complete:]
+        if isinstance(self._images, int):
+            numbers = numbers[numbers < self._images]
         rows = [embeddings.row_of_image[side] for side in _sides(self._pairs.take(numbers))]
         usable = (rows[0] >= 0) & (rows[1] >= 0)
         numbers = numbers[usable]

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+import numpy.typing as npt
 
 from siamese_deploy.errors import EnvironmentFault, InputDataError, UsageError
 from siamese_deploy.image_folder import IMAGE_EXTENSIONS, ImageFolder, image_folder_of
 from siamese_deploy.pairs import Integers, Pairs
+from siamese_deploy.table_files import open_text
 
 _IS_SAME = {
     "1": True, "true": True, "same": True, "yes": True,
@@ -63,23 +65,12 @@ def read_pair_list(file: str | os.PathLike[str], root: str | os.PathLike[str]) -
         what = "is a file; expected the folder that the paths in the list start from"
         raise InputDataError(f"{root}: {what if root.exists() else 'no such folder'}")
     listed = _ListedPairs(file, root)
-    with _open_text(file) as text:
+    with open_text(file, "a list of pairs") as text:
         if kind == ".csv":
             _read_csv(listed, text)
         else:
             _read_lfw(listed, text)
     return listed.finished()
-
-
-def _open_text(file: Path) -> TextIO:
-    try:
-        if not stat.S_ISREG(os.stat(file).st_mode):
-            raise InputDataError(f"{file}: not a regular file; expected a list of pairs")
-        return open(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    except PermissionError as error:
-        raise EnvironmentFault(f"{file}: no permission to read this file") from error
-    except OSError as error:
-        raise InputDataError(f"{file}: no such list of pairs ({error.strerror})") from error
 
 
 def _lines(file: Path, text: TextIO) -> Iterator[str]:
@@ -278,9 +269,11 @@ class _ListedPairs:
         index = np.empty(len(folder), dtype=np.int64)
         index[[self.pictures[path] for path in folder.paths]] = np.arange(len(folder))
         left, right = (index[np.frombuffer(side, dtype=np.intc)] for side in (self.left, self.right))
+        is_same = np.frombuffer(self.is_same, dtype=np.bool_)
         self._refuse_duplicates(folder, left, right)
+        self._refuse_contradictions(folder, left, right, is_same)
         fold = np.frombuffer(self.fold, dtype=np.intc).astype(np.int64) if self.fold else None
-        return folder, Pairs(left, right, np.frombuffer(self.is_same, dtype=np.bool_), fold)
+        return folder, Pairs(left, right, is_same, fold)
 
     def _refuse_duplicates(self, folder: ImageFolder, left: Integers, right: Integers) -> None:
         one, other = (left, right) if self.either_way else (np.minimum(left, right), np.maximum(left, right))
@@ -292,3 +285,15 @@ class _ListedPairs:
             before, line = self.line[order[first]], self.line[order[first + 1]]
             names = f"{folder.paths[left[order[first]]]} and {folder.paths[right[order[first]]]}"
             raise self.error(line, f"the pair of {names} is on line {before} already; remove one of them")
+
+    def _refuse_contradictions(
+        self, folder: ImageFolder, left: Integers, right: Integers, is_same: npt.NDArray[np.bool_]
+    ) -> None:
+        """A pair may be there once each way round, but not as same and as different."""
+        key = np.minimum(left, right) * len(folder) + np.maximum(left, right)
+        order = np.argsort(key, kind="stable")
+        at_odds = np.flatnonzero((np.diff(key[order]) == 0) & (is_same[order[1:]] != is_same[order[:-1]]))
+        if len(at_odds):
+            before, again = order[at_odds[0]], order[at_odds[0] + 1]
+            names = f"{folder.paths[left[before]]} and {folder.paths[right[before]]}"
+            raise self.error(self.line[again], f"{names} have the other label on line {self.line[before]}")

@@ -64,8 +64,8 @@ def pair_picture(
     confidence = f"conf={score:.2f}"
     draw.text((width / 2, _TITLE / 2 + 2), confidence, _INK, bold, anchor="mm")
     room = (width - draw.textlength(confidence, bold)) / 2 - 2 * _MARGIN
-    draw.text((_MARGIN, _TITLE / 2 + 2), _fit(draw, classes[0], plain, room), _INK, plain, anchor="lm")
-    draw.text((width - _MARGIN, _TITLE / 2 + 2), _fit(draw, classes[1], plain, room), _INK, plain, anchor="rm")
+    draw.text((_MARGIN, _TITLE / 2 + 2), fit(draw, classes[0], plain, room), _INK, plain, anchor="lm")
+    draw.text((width - _MARGIN, _TITLE / 2 + 2), fit(draw, classes[1], plain, room), _INK, plain, anchor="rm")
     truth, decision = ("same" if same else "different" for same in (is_same, decided_same))
     verdict = f"{decision}: {'right' if decided_same == is_same else 'wrong, they are ' + truth}"
     draw.text((width / 2, height - _FOOTER / 2 - 2), verdict, colour, plain, anchor="mm")
@@ -73,10 +73,15 @@ def pair_picture(
     return picture
 
 
-def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: float) -> str:
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    shown, kept = text, len(text)
+def fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: float) -> str:
+    """The text, with its middle left out where it is too long: names of classes often differ in their ends."""
+    text = printable(text)
+    shown, kept = text, min(len(text), 300)
     while kept > 2 and draw.textlength(shown, font) > room:
-        kept -= 1  # the middle goes first: names of classes often differ in their ends
+        kept -= 1
         shown = f"{text[: (kept + 1) // 2]}...{text[-(kept // 2) :]}"
     return shown
+
+
+def printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)

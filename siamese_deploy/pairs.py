@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +91,7 @@ class EveryPair:
     """(n_images,) class of each picture of the folder."""
     images: Integers
     """(n_usable,) sorted indices into ImageFolder.paths."""
+    ways: ClassVar[int] = 0
 
     def __len__(self) -> int:
         return len(self.images) * (len(self.images) - 1) // 2

@@ -8,16 +8,16 @@ gets "./" before it, which names the same file.
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from siamese_deploy.errors import InputDataError, IntegrityError
-from siamese_deploy.evaluate import Evaluation
+from siamese_deploy.errors import IntegrityError
+from siamese_deploy.evaluate import Evaluation, room_for_scores
 from siamese_deploy.image_folder import SkippedFile
 from siamese_deploy.metrics import accepted
+from siamese_deploy.table_files import csv_bytes, harmless, open_text
 from siamese_deploy.verifier import Scores
 
 COLUMNS = ("left", "right", "is_same", "score", "decision")
@@ -40,17 +40,28 @@ def write_pairs_csv(file: Path, evaluation: Evaluation) -> None:
             out.write(csv_bytes(rows))
 
 
+def write_skipped_pairs(file: Path, evaluation: Evaluation) -> None:
+    """Columns left, right, is_same: the pairs that were asked for and could not be scored."""
+    paths = evaluation.folder.paths
+    with file.open("wb") as out:
+        out.write(csv_bytes([COLUMNS[:3]]))
+        for pairs in evaluation.skipped_pairs():
+            names = ([harmless(paths[image]) for image in side.tolist()] for side in (pairs.left, pairs.right))
+            out.write(csv_bytes(zip(*names, pairs.is_same.astype(np.int64).tolist(), strict=True)))
+
+
 def read_scores(file: Path, evaluation: Evaluation) -> Scores:
     """(n_pairs,) float32: the scores that an earlier evaluation of the same pairs wrote.
 
     Raises:
         InputDataError: no such file.
+        EnvironmentFault: it may not be read.
         IntegrityError: it holds other pairs, or something that is no score.
     """
     names = [harmless(path) for path in evaluation.folder.paths]
-    scores = np.empty(len(evaluation.pairs), dtype=np.float32)
+    scores = room_for_scores(len(evaluation.pairs))
     try:
-        with file.open(encoding="utf-8", errors="surrogateescape", newline="") as text:
+        with open_text(file, "the pairs.csv beside the metrics.json to compare with") as text:
             rows = csv.DictReader(text)
             n = 0
             for pairs, _ in evaluation.chunks():
@@ -64,8 +75,6 @@ def read_scores(file: Path, evaluation: Evaluation) -> Scores:
                     n += 1
             if next(rows, None) is not None:
                 raise ValueError("more pairs")
-    except FileNotFoundError as error:
-        raise InputDataError(f"{file}: no such file; expected it beside the metrics.json to compare with") from error
     except (ValueError, KeyError, TypeError, StopIteration, csv.Error) as error:
         raise IntegrityError(
             f"{file}: does not hold the pairs that its metrics.json speaks of; evaluate that model again"
@@ -80,20 +89,6 @@ def skipped_csv(skipped: Sequence[SkippedFile]) -> bytes:
     return csv_bytes([("path", "reason"), *((harmless(file.path), file.reason) for file in skipped)])
 
 
-def harmless(path: str) -> str:
-    """The path, with "./" before it where a spreadsheet would calculate it."""
-    return f"./{path}" if path.startswith(("=", "+", "-", "@", "\t", "\r")) else path
-
-
 def shortest_float32(values: Scores) -> list[str]:
     """The decimal texts with the fewest digits that read back as the same float32."""
     return [str(value) for value in values]
-
-
-def csv_bytes(rows: Iterable[Sequence[object]]) -> bytes:
-    text = io.StringIO(newline="")
-    plain, quoted = (csv.writer(text, lineterminator="\n", quoting=q) for q in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
-    for row in rows:  # Python up to 3.12 leaves a carriage return bare, which splits the row for every reader
-        (quoted if any("\r" in field for field in row if isinstance(field, str)) else plain).writerow(row)
-    # surrogateescape: names that are not UTF-8 come out as the bytes they are on the disk.
-    return text.getvalue().encode("utf-8", "surrogateescape")

@@ -11,7 +11,7 @@ from siamese_deploy.evaluate import Evaluation
 from siamese_deploy.metrics_file import metrics_text
 from siamese_deploy.pair_drawing import tile
 from siamese_deploy.pair_picture import side_by_side
-from siamese_deploy.pairs_csv import skipped_csv, write_pairs_csv
+from siamese_deploy.pairs_csv import skipped_csv, write_pairs_csv, write_skipped_pairs
 from siamese_deploy.report_page import Example, report_page
 
 
@@ -26,9 +26,11 @@ def write_report(
     write_pairs_csv(staging / "pairs.csv", evaluation)
     if evaluation.skipped:
         (staging / "skipped.csv").write_bytes(skipped_csv(evaluation.skipped))
+    if evaluation.pairs_skipped:
+        write_skipped_pairs(staging / "skipped_pairs.csv", evaluation)
     if comparison is not None:
         (staging / "comparison.json").write_text(metrics_text(comparison.content()), encoding="utf-8")
-        (staging / "flips.csv").write_bytes(comparison.flips_csv())
+        comparison.write_flips(staging / "flips.csv")
     (staging / "report.html").write_text(_page(evaluation, metrics), encoding="utf-8")
     (staging / "metrics.json").write_text(metrics_text(metrics), encoding="utf-8")
 

@@ -17,7 +17,7 @@ from siamese_deploy.interrupts import interrupts_held
 RECORD = ".siamese-evaluation"
 """Names of the files an evaluation wrote, one a line."""
 _STAGING = ".siamese-staging-"
-_OWN_NAME = re.compile(r"\d+\.png|(pairs|skipped|flips)\.csv|(metrics|comparison)\.json|report\.html")
+_OWN_NAME = re.compile(r"\d+\.png|(pairs|skipped|skipped_pairs|flips)\.csv|(metrics|comparison)\.json|report\.html")
 
 
 def refuse_inside(out_path: Path, pictures: Path) -> None:

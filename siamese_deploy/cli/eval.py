@@ -54,6 +54,7 @@ def evaluate_into(
     from siamese_deploy.result_folder import refuse_inside, result_folder
 
     refuse_inside(options.out_path, options.val_path)
+    options.check_earlier()
     show_progress = sys.stderr.isatty()
     with result_folder(options.out_path) as staging:
         folder, pairs, scheme = options.choose_pairs()
@@ -102,9 +103,10 @@ def _compare(
 
 def _print_summary(evaluation: Evaluation, options: EvaluationOptions, scheme: str, drawn: int) -> None:
     from siamese_deploy.dataset_check.quick import quick_line
+    from siamese_deploy.metrics import different_pairs_needed
 
     metrics, out_path = evaluation.metrics, options.out_path
-    if line := quick_line(evaluation.folder):
+    if scheme != "file" and (line := quick_line(evaluation.folder)):  # of a list, the folder is only a part
         click.echo(line, err=True)
     if evaluation.skipped:
         first = evaluation.skipped[0]
@@ -115,9 +117,11 @@ def _print_summary(evaluation: Evaluation, options: EvaluationOptions, scheme: s
             ),
             err=True,
         )
+    different = metrics.pairs - metrics.same_pairs
+    too_few = {f"tar_at_far/{far:g}" for far in metrics.tar_at_far if different < different_pairs_needed(far)}
     names_of: dict[str, list[str]] = {}
     for name, reason in metrics.not_computed.items():
-        if not name.startswith("tar_at_far/"):  # shown below
+        if name not in too_few:  # said below
             names_of.setdefault(reason, []).append(name)
     for reason, names in names_of.items():
         click.echo(one_line(f"not computed: {', '.join(names)}: {reason}"), err=True)
@@ -130,9 +134,10 @@ def _print_summary(evaluation: Evaluation, options: EvaluationOptions, scheme: s
         f"loss: {metrics.loss:.4f}  accuracy: {metrics.accuracy:.4f}  ROC AUC: {_shown(metrics.roc_auc)}  "
         f"equal error rate: {_shown(equal.rate if equal else None)}"
     )
-    rates = (
-        f"{far:g}: {point.tar:.4f}" if point else f"{far:g}: too few pairs" for far, point in metrics.tar_at_far.items()
-    )
+    rates = []
+    for far, point in metrics.tar_at_far.items():
+        missing = "too few pairs" if f"tar_at_far/{far:g}" in too_few else "undefined"
+        rates.append(f"{far:g}: {point.tar:.4f}" if point else f"{far:g}: {missing}")
     click.echo(f"true accept rate at false accept rate  {'  '.join(rates)}")
     click.echo(one_line(f"written: {out_path}/report.html, metrics.json, pairs.csv and {drawn} pair pictures"))
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from siamese_deploy.pairs import PairList
 
 
+DEFAULT_SEED = 1
+DEFAULT_WAYS = 20
+DEFAULT_EPISODES = 400
+
+
 class _ImagesToDraw(click.ParamType[str | int]):
     name = "all|errors|none|N"
 
@@ -39,9 +44,9 @@ class EvaluationOptions:
     pairs: str
     num_pairs: int | None
     protocol: str
-    ways: int
-    episodes: int
-    seed: int
+    ways: int | None
+    episodes: int | None
+    seed: int | None
     images: str | int | None
     strict: bool
     compare: Path | None
@@ -52,12 +57,17 @@ class EvaluationOptions:
     def check(self) -> None:
         """
         Raises:
-            UsageError: options that exclude each other, or a limit that is no number.
+            UsageError: options that exclude each other or have no effect, or a limit that is no number.
         """
         one_shot = self.protocol == "one-shot"
         asked = [self.pairs != "reference", self.num_pairs is not None, one_shot]
         if sum(asked) > 1:
             raise UsageError("--pairs, --num_pairs and --protocol one-shot: expected at most one of them")
+        for name in ("ways", "episodes"):
+            if not one_shot and getattr(self, name) is not None:
+                raise UsageError(f"--{name}: expected with --protocol one-shot only")
+        if self.seed is not None and not one_shot and self.num_pairs is None and self.pairs != "reference":
+            raise UsageError(f"--seed: expected where pairs are drawn, not with --pairs {self.pairs}")
         for name in ("min_auc", "max_eer", "max_drop"):
             limit = getattr(self, name)
             if limit is not None and not 0 <= limit <= 1:  # click lets "nan" through its range
@@ -74,17 +84,31 @@ class EvaluationOptions:
         if self.pairs not in ("reference", "all"):
             return *read_pair_list(Path(self.pairs), self.val_path), "file"
         folder = scan_image_folder(self.val_path)
+        seed = DEFAULT_SEED if self.seed is None else self.seed
         if self.protocol == "one-shot":
-            return folder, one_shot_pairs(folder, self.ways, self.episodes, self.seed), "one-shot"
+            ways, episodes = self.ways or DEFAULT_WAYS, self.episodes or DEFAULT_EPISODES
+            return folder, one_shot_pairs(folder, ways, episodes, seed), "one-shot"
         if self.num_pairs is not None:
-            return folder, balanced_pairs(folder, self.num_pairs, self.seed), "balanced"
+            return folder, balanced_pairs(folder, self.num_pairs, seed), "balanced"
         if self.pairs == "all":
             return folder, every_pair(folder), "all"
-        return folder, sample_pairs(folder, self.seed), "reference"
+        return folder, sample_pairs(folder, seed), "reference"
 
     def seed_of(self, scheme: str) -> int | None:
         """The seed, where the scheme draws."""
-        return None if scheme in ("all", "file") else self.seed
+        return None if scheme in ("all", "file") else DEFAULT_SEED if self.seed is None else self.seed
+
+    def check_earlier(self) -> None:
+        """Whatever is wrong with --compare and can be told before anything is computed.
+
+        Raises:
+            InputDataError, IntegrityError: it is no evaluation of ours and no bundle.
+        """
+        from siamese_deploy.comparison import metrics_file_of
+        from siamese_deploy.metrics_file import read_metrics
+
+        if self.compare is not None and not (self.compare / "manifest.json").is_file():
+            read_metrics(metrics_file_of(self.compare))
 
     def enforce(self, metrics: VerificationMetrics, comparison: Comparison | None) -> None:
         """
@@ -127,15 +151,15 @@ _OPTIONS = (
         default="verification",
         help="one-shot: which of --ways classes is this picture of, given one picture of each?",
     ),
-    click.option("--ways", type=click.IntRange(2), default=20, help="Classes in an episode of one-shot."),
-    click.option("--episodes", type=click.IntRange(1), default=400, help="Episodes of one-shot."),
-    click.option("--seed", type=SEED, default=1, help="Seed of everything that is drawn."),
+    click.option("--ways", type=click.IntRange(2), help=f"Classes in an episode.  [default: {DEFAULT_WAYS}]"),
+    click.option("--episodes", type=click.IntRange(1), help=f"Episodes of one-shot.  [default: {DEFAULT_EPISODES}]"),
+    click.option("--seed", type=SEED, help=f"Seed of the pairs that are drawn.  [default: {DEFAULT_SEED}]"),
     click.option(
         "--images",
         type=_ImagesToDraw(),
         help="Pairs to draw: all, errors, none, or the first N.  [default: all, of more than 5,000 none]",
     ),
-    click.option("--strict", is_flag=True, help="Fail if a picture or folder cannot be used; else it is left out."),
+    click.option("--strict", is_flag=True, help="Fail if a picture that is needed cannot be used."),
     click.option(
         "--compare",
         type=PATH,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from siamese_deploy.dataset_check.duplicates import CheckedPicture, NearDuplicates, exact_duplicates, near_duplicates
 from siamese_deploy.dataset_check.findings import Finding, in_report_order
 from siamese_deploy.dataset_check.folder_audit import class_findings, class_key, class_sizes, left_out, tree_findings
-from siamese_deploy.dataset_check.near_duplicates import perceptual_hasher
+from siamese_deploy.dataset_check.perceptual_hash import perceptual_hasher
 from siamese_deploy.dataset_check.picture_audit import PerceptualHash, PictureAudit, audit_picture
 from siamese_deploy.errors import MissingExtraError, one_line
 from siamese_deploy.image_folder import ImageFolder, scan_image_folder

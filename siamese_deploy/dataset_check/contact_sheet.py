@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from siamese_deploy.dataset_check.check import CheckedFolder, DatasetReport
 from siamese_deploy.dataset_check.findings import KINDS, Finding
 from siamese_deploy.errors import ImageError
-from siamese_deploy.pair_picture import image_tile, missing_tile
+from siamese_deploy.pair_picture import fit, image_tile, missing_tile, printable
 from siamese_deploy.preprocess import FORMATS
 
 COLUMNS = 8
@@ -36,8 +36,6 @@ _PICTURED = (
     "leakage", "label-conflict", "unreadable", "near-leakage", "near-conflict", "duplicate", "flat", "exif",
     "wrong-extension", "multi-frame", "tiny",
 )  # fmt: skip
-
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def _row_height(row: Sequence[_Group]) -> int:
 def _draw_heading(draw: ImageDraw.ImageDraw, y: int, section: _Section) -> None:
     draw.rectangle((_MARGIN, y + 4, _MARGIN + 5, y + 22), fill=section.colour)
     font = ImageFont.load_default(16)
-    draw.text((_MARGIN + 14, y + 13), _fit(draw, section.title, font, _WIDTH - 3 * _MARGIN), _INK, font, anchor="lm")
+    draw.text((_MARGIN + 14, y + 13), fit(draw, section.title, font, _WIDTH - 3 * _MARGIN), _INK, font, anchor="lm")
 
 
 def _draw_group(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, group: _Group, with_root: bool) -> int:
@@ -144,13 +142,13 @@ def _draw_group(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, g
     if group.reason:
         hidden = len(group.paths) - count
         reason = f"{group.reason} (+ {hidden:,} more)" if hidden else group.reason
-        draw.text((x, y + _REASON / 2 - 1), _fit(draw, reason, font, width), _SOFT, font, anchor="lm")
+        draw.text((x, y + _REASON / 2 - 1), fit(draw, reason, font, width), _SOFT, font, anchor="lm")
     for path in islice(group.paths, count):
         sheet.paste(_tile(path, group.in_tile), (x, top))
         draw.rectangle((x, top, x + _TILE - 1, top + _TILE - 1), outline=_LINE)
         for line, text in enumerate(_caption(path, with_root)):
             place = (x, top + _TILE + 9 + 14 * line)
-            draw.text(place, _fit(draw, text, font, _TILE), _SOFT if line else _INK, font, anchor="lm")
+            draw.text(place, fit(draw, text, font, _TILE), _SOFT if line else _INK, font, anchor="lm")
         x += _CELL
     if count > 1:  # a bar that joins what belongs together
         draw.rectangle((x - _CELL * count, top - 2, x - _GAP - 1, top - 1), fill=_INK)
@@ -170,20 +168,6 @@ def _tile(path: str, reason: str) -> Image.Image:
     except ImageError as error:
         tile = missing_tile().resize((_TILE, _TILE))
         draw, font = ImageDraw.Draw(tile), ImageFont.load_default(12)
-        lines = textwrap.wrap(_printable(reason or error.reason), 18, max_lines=7, placeholder=" ...")
+        lines = textwrap.wrap(printable(reason or error.reason), 18, max_lines=7, placeholder=" ...")
         draw.text((_TILE / 2, _TILE / 2), "\n".join(lines), _COLOURS["error"], font, anchor="mm", align="center")
         return tile
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def _fit(draw: ImageDraw.ImageDraw, text: str, font: _Font, room: float) -> str:
-    """The text, with its middle left out where it is too long."""
-    text = _printable(text)
-    shown, kept = text, min(len(text), 300)
-    while kept > 2 and draw.textlength(shown, font) > room:
-        kept -= 1
-        shown = f"{text[: (kept + 1) // 2]}...{text[-(kept // 2) :]}"
-    return shown

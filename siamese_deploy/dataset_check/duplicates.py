@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from siamese_deploy.dataset_check.findings import Finding
-from siamese_deploy.dataset_check.near_duplicates import close_pairs
+from siamese_deploy.dataset_check.perceptual_hash import close_pairs
 from siamese_deploy.dataset_check.picture_audit import PictureAudit
 
 MAX_LISTED = 1000

@@ -12,10 +12,9 @@ import numpy as np
 
 from siamese_deploy.dataset_check.file_content import HEAD_BYTES, content_format, unsupported_picture
 from siamese_deploy.dataset_check.findings import Finding
-from siamese_deploy.image_folder import IMAGE_EXTENSIONS, ImageFolder
+from siamese_deploy.image_folder import HIDDEN, IMAGE_EXTENSIONS, ImageFolder
 
 IMBALANCE_RATIO = 10
-_HIDDEN = (".", "@eaDir", "__MACOSX")
 _LEFT_BEHIND = ("thumbs.db", "desktop.ini")
 _CODE_OF_REASON = {
     "broken link": "broken-link",
@@ -122,7 +121,7 @@ class _Walk:
     def _look_at(self, entry: os.DirEntry[str], inside: str) -> str | None:
         """The path, relative to the root, of a folder that is to be entered."""
         name = f"{inside}/{entry.name}" if inside else entry.name
-        if entry.name.startswith(_HIDDEN) or entry.name.lower() in _LEFT_BEHIND:
+        if entry.name.startswith(HIDDEN) or entry.name.lower() in _LEFT_BEHIND:
             self._hidden.append(name)
             return None
         if not entry.name.isprintable() or entry.name.startswith("-"):

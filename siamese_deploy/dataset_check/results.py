@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from siamese_deploy.dataset_check.findings import KINDS, Finding
 from siamese_deploy.durable_files import locked_folder, write_atomically
 from siamese_deploy.errors import UsageError, one_line
 from siamese_deploy.interrupts import interrupts_held
+from siamese_deploy.table_files import csv_bytes, harmless
 
 FORMAT = "siamese-check/1"
 FILES = ("findings.csv", "contact_sheet.png", "findings.json")
@@ -66,17 +65,11 @@ def findings_csv(report: DatasetReport) -> bytes:
     A path that a spreadsheet would take for a formula has "./" before it; names that are not UTF-8 come out as the
     bytes they are on the disk.
     """
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("finding", "severity", "code", "path", "message"))
+    rows: list[tuple[object, ...]] = [("finding", "severity", "code", "path", "message")]
     for number, finding in enumerate(report.findings, start=1):
         for path in finding.paths or ("",):
-            writer.writerow((number, finding.severity, finding.code, _no_formula(path), finding.message))
-    return text.getvalue().encode("utf-8", "surrogateescape")
-
-
-def _no_formula(path: str) -> str:
-    return f"./{path}" if path.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else path
+            rows.append((number, finding.severity, finding.code, harmless(path), finding.message))
+    return csv_bytes(rows)
 
 
 def report_lines(report: DatasetReport, *, strict: bool) -> Iterator[str]:

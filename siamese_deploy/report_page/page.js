@@ -8,7 +8,7 @@
   const nSame = metrics.same_pairs;
   const nDifferent = metrics.pairs - metrics.same_pairs;
 
-  // The rules of report_format.py.
+  // The rules of format.py.
   const share = (value) => {
     const p = 100 * value;
     const rest = Math.min(p, 100 - p);

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -76,10 +77,16 @@ def test_other_pairs_are_refused(run: RunCommand, pictures: Path, tiny_bundle: P
 @pytest.mark.parametrize(
     ("damage", "exit_code", "words"),
     [
-        (lambda folder: (folder / "metrics.json").unlink(), 3, "no such file"),
+        (lambda folder: (folder / "metrics.json").unlink(), 3, "metrics.json: No such file"),
+        (lambda folder: (folder / "metrics.json").write_text("[" * 200_000), 4, "not JSON"),
+        (lambda folder: as_folder(folder / "metrics.json"), 3, "not a regular file"),
+        (lambda folder: as_folder(folder / "pairs.csv"), 3, "not a regular file"),
+        (lambda folder: as_pipe(folder / "pairs.csv"), 3, "not a regular file"),
+        (lambda folder: with_threshold(folder / "metrics.json", True), 4, "has no threshold"),
+        (lambda folder: with_threshold(folder / "metrics.json", 1.5), 4, "has no threshold"),
         (lambda folder: (folder / "metrics.json").write_text("{"), 4, "not JSON"),
         (lambda folder: (folder / "metrics.json").write_text('{"format": "other/1"}'), 4, "siamese-evaluation/1"),
-        (lambda folder: (folder / "pairs.csv").unlink(), 3, "pairs.csv: no such file"),
+        (lambda folder: (folder / "pairs.csv").unlink(), 3, "pairs.csv: No such file"),
         (lambda folder: edit(folder, lambda rows: rows[:-1]), 4, "does not hold the pairs"),
         (lambda folder: edit(folder, lambda rows: [*rows, rows[-1]]), 4, "does not hold the pairs"),
         (
@@ -103,6 +110,31 @@ def test_a_damaged_earlier_evaluation(
     assert run(siamese_eval, *evaluate, "-o", tmp_path / "a").exit_code == 0
     damage(tmp_path / "a")
     assert_refused(run(siamese_eval, *evaluate, "-o", tmp_path / "b", "--compare", tmp_path / "a"), exit_code, words)
+
+
+def as_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def as_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def with_threshold(file: Path, threshold: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"threshold": threshold}))
+
+
+def test_a_wrong_path_is_told_of_before_anything_is_computed(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    evaluate = ("-v", pictures, "-o", tmp_path / "b", "-c", tiny_bundle, "--compare")
+    for wrong, exit_code in ((tmp_path / "none", 3), (pictures / "apple/0.png", 4), (pictures / "apple/0.png/x", 3)):
+        result = run(siamese_eval, *evaluate, wrong)
+        assert_refused(result, exit_code, str(wrong))
+        assert result.stdout == ""
+    assert_refused(run(siamese_eval, *evaluate, ""), 2, "is empty")
 
 
 def edit(folder: Path, change) -> None:

@@ -17,7 +17,7 @@ from planted_faults import FAULTS, clean_folder, drawing, encoded, no_faults
 
 from siamese_deploy.dataset_check.check import DatasetReport, check_dataset
 from siamese_deploy.dataset_check.findings import KINDS
-from siamese_deploy.dataset_check.near_duplicates import close_pairs, perceptual_hasher
+from siamese_deploy.dataset_check.perceptual_hash import close_pairs, perceptual_hasher
 from siamese_deploy.dataset_check.quick import quick_findings, quick_line
 from siamese_deploy.errors import EnvironmentFault, InputDataError
 from siamese_deploy.image_folder import scan_image_folder

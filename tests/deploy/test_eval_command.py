@@ -149,6 +149,24 @@ def test_every_scheme_gives_a_metrics_file_of_the_schema(
     assert "<title>" in Path("out/report.html").read_text()
 
 
+def test_a_fold_that_cannot_be_read_costs_its_figure_only(
+    run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    for picture in list(pictures.glob("*/*.png")):
+        data = b"" if picture.parent.name == "apple" else picture.read_bytes()
+        picture.with_name(f"{picture.parent.name}_000{picture.name}").write_bytes(data)
+    rows = ["2 2", "apple 0 1", "apple 2 3", "apple 0 bolt 0", "apple 1 bolt 1"]
+    rows += ["bolt 0 1", "cog 0 1", "bolt 2 cog 2", "bolt 3 cog 3"]
+    (tmp_path / "pairs.txt").write_text("\n".join(rows) + "\n")
+    result = run(
+        siamese_eval, "-v", pictures, "-o", tmp_path / "out", "-c", tiny_bundle, "--pairs", tmp_path / "pairs.txt"
+    )
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert (metrics["pairs"], metrics["pairs_skipped"], metrics["folds"]) == (4, 4, None)
+    assert "at least two folds" in metrics["not_computed"]["folds"]
+
+
 def test_options_that_exclude_each_other(run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     evaluate = ("-v", pictures, "-o", tmp_path / "out", "-c", tiny_bundle)
     for options in (
@@ -157,6 +175,9 @@ def test_options_that_exclude_each_other(run: RunCommand, pictures: Path, tiny_b
         ("--num_pairs", "4", "--protocol", "one-shot"),
     ):
         assert_refused(run(siamese_eval, *evaluate, *options), 2, "at most one of them")
+    for options in (("--ways", "3"), ("--episodes", "3"), ("--pairs", "all", "--seed", "1")):
+        assert_refused(run(siamese_eval, *evaluate, *options), 2, "expected w")
+    assert_refused(run(siamese_eval, "-v", pictures, "-o", "", "-c", tiny_bundle), 2, "is empty")
 
 
 def test_strict_allows_no_picture_to_be_left_out(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import RunCommand
+from conftest import RunCommand, assert_refused
 from PIL import Image
 
 from siamese_deploy import OnnxVerifier
@@ -105,6 +107,57 @@ class Uncertain:
         self._calls -= 1
         scores = self._verifier.score(left, right)
         return scores + np.float32(0.03) if self._calls >= 0 else scores
+
+
+def test_a_streamed_evaluation_compares_with_itself_as_equal(
+    run: RunCommand, many: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("siamese_deploy.evaluate.EXACT_PAIRS", 1000)
+    evaluate = ("-v", many, "--pairs", "all", "-c", tiny_bundle, "--provider", "cpu", "-o")
+    assert run(siamese_eval, *evaluate, tmp_path / "a").exit_code == 0
+    result = run(siamese_eval, *evaluate, tmp_path / "b", "--compare", tmp_path / "a", "--max_drop", "0")
+    assert result.exit_code == 0, result.output
+    for change in json.loads((tmp_path / "b/comparison.json").read_text())["changes"].values():
+        assert change["difference"] == {"low": 0, "high": 0, "p_value": 1}
+
+
+def test_a_full_disk_is_an_error_and_no_signal(
+    run: RunCommand, many: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_descriptor: int, _start: int, _length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("siamese_deploy.evaluate.SCORES_IN_MEMORY", 1000)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    evaluate = ("-v", many, "--pairs", "all", "-c", tiny_bundle, "--provider", "cpu", "-o", tmp_path / "a")
+    assert_refused(run(siamese_eval, *evaluate), 5, "No space left")
+
+
+def test_what_could_not_be_scored_is_counted_and_listed(
+    run: RunCommand, many: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(many, root)
+    (root / "c03/3.png").write_bytes(b"")
+    for picture in (root / "c05").iterdir():
+        picture.write_bytes(b"")
+    for options in (("--pairs", "all"), ("--protocol", "one-shot", "--ways", "5", "--episodes", "30")):
+        out = tmp_path / options[1]
+        result = run(siamese_eval, "-v", root, "-o", out, "-c", tiny_bundle, "--images", "none", *options)
+        assert result.exit_code == 0, result.output
+        metrics = json.loads((out / "metrics.json").read_text())
+        with open(out / "skipped_pairs.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == metrics["pairs_skipped"] > 0
+        lost = {"c03/3.png"} | {f"c05/{n}.png" for n in range(10)}
+        touched = [row for row in rows if {row["left"], row["right"]} & lost]
+        if options[1] == "all":  # 130 pictures, of which 119 are readable
+            assert touched == rows
+            assert len(rows) == 130 * 129 // 2 - 119 * 118 // 2
+            assert (metrics["images"], metrics["classes"], metrics["intervals"]["classes"]) == (119, 12, 12)
+        else:
+            assert len(rows) % 5 == 0
+            assert all(any(row in touched for row in rows[k : k + 5]) for k in range(0, len(rows), 5))
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,10 @@ def test_the_pairs_csv_of_an_evaluation_can_be_given_back(pictures: Path, tmp_pa
     folder, again = read_pair_list(listed(tmp_path, text), pictures)
     assert again.digest(folder) == pairs.digest(scanned)
     assert "is on line" in refusal(listed(tmp_path, text.replace("score", "remark")), pictures)
+    left, right, same = next(row for row in rows if row[:2] in mirrored)
+    odd = f"left,right,is_same,score\n{left},{right},{int(same)},0.5\n{right},{left},{int(not same)},0.5\n"
+    assert "line 3: " in (told := refusal(listed(tmp_path, odd), pictures))
+    assert "have the other label on line 2" in told
     twice = f"{text}{rows[3][0]},{rows[3][1]},1,0.5\n"
     assert "line 18: the pair of apple/3.png and" in refusal(listed(tmp_path, twice), pictures)
     assert "is on line 5 already" in refusal(listed(tmp_path, twice), pictures)
@@ -238,7 +242,7 @@ def test_a_file_without_our_columns_or_rows_is_refused(
 
 def test_what_is_no_list_or_no_root_is_refused(pictures: Path, tmp_path: Path) -> None:
     good = listed(tmp_path, PLAIN)
-    assert "no such list of pairs" in refusal(tmp_path / "nowhere.csv", pictures)
+    assert "nowhere.csv: No such file" in refusal(tmp_path / "nowhere.csv", pictures)
     (tmp_path / "folder.csv").mkdir()
     os.mkfifo(tmp_path / "pipe.txt")
     for name in ("folder.csv", "pipe.txt"):

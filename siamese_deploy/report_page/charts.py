@@ -166,10 +166,11 @@ def det_chart(rates: Rates, axes: Axes, eer: float | None, now: tuple[float, flo
     ]
     if eer is not None and eer >= max(axes.x.low, axes.y.low):
         x, y = axes.at(eer, eer)
-        parts.append(
-            f'<circle class="point" cx="{_f(x)}" cy="{_f(y)}" r="3"/>'
-            f'<text x="{_f(x + 12)}" y="{_f(y + 4)}">EER {percent(eer)}</text>'
-        )
+        # To the left and below where there is no room to the right.
+        beside = f'x="{_f(x + 12)}" y="{_f(y + 4)}"'
+        if x > _RIGHT - 90:
+            beside = f'x="{_f(x - 10)}" y="{_f(y + 16)}" text-anchor="end"'
+        parts.append(f'<circle class="point" cx="{_f(x)}" cy="{_f(y)}" r="3"/><text {beside}>EER {percent(eer)}</text>')
     return _chart(axes, "".join(parts) + _mark("det", axes, now[0], 1 - now[1]), "DET curve: FRR against FAR")
 
 

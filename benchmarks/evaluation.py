@@ -27,7 +27,7 @@ import click
 import numpy as np
 
 from siamese_deploy.metrics import VerificationMetrics, metrics_of_counts
-from siamese_deploy.score_counts import ScoreCounts, ScoreHistogram
+from siamese_deploy.metrics.score_counts import ScoreCounts, ScoreHistogram
 
 SCORES = 10**8
 SUBSET = 10**7

@@ -152,7 +152,7 @@ def throughput(bundle: Path, pictures: Path) -> None:
 def identify(bundle: Path, folder: Path) -> None:
     """1:100,000, against the bare head on the same matrix in memory."""
     from siamese_deploy import OnnxVerifier
-    from siamese_deploy.gallery_store import CHUNK_ROWS
+    from siamese_deploy.gallery.store import CHUNK_ROWS
 
     verifier = OnnxVerifier(bundle, provider="cpu")
     gallery = Gallery(folder, verifier, create=True)
@@ -179,7 +179,7 @@ def identify(bundle: Path, folder: Path) -> None:
 
 def fill(gallery: Gallery, first: int, end: int) -> np.ndarray:
     """Enrol made-up rows; gives their vectors, (end - first, DIM) float32."""
-    from siamese_deploy.gallery_store import Group, StoredPicture
+    from siamese_deploy.gallery.store import Group, StoredPicture
 
     random = np.random.default_rng(first)
     parts = []

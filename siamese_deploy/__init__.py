@@ -1,7 +1,7 @@
 """Run a Siamese verification bundle: folder -> pairs -> embeddings -> scores -> report. Never needs torch.
 
-Reading order: image_folder, pairs, preprocess, verifier, bundle, providers, runtime, embedding, score_counts, metrics,
-evaluate, bootstrap, comparison, report.
+Reading order: image_folder, pairs, preprocess, verifier, bundle, providers, runtime, embedding, metrics,
+evaluate, comparison, report.
 """
 
 from __future__ import annotations

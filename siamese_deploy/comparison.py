@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from siamese_deploy.bootstrap import Difference, Replicates, paired_difference
 from siamese_deploy.embedding import SCORE_CHUNK_PAIRS
 from siamese_deploy.errors import InputDataError, IntegrityError
 from siamese_deploy.evaluate import Evaluation, counted, resample
 from siamese_deploy.metrics import accepted, metrics_of_counts
+from siamese_deploy.metrics.bootstrap import Difference, Replicates, paired_difference
 from siamese_deploy.metrics_file import read_metrics
 from siamese_deploy.pairs_csv import read_scores, shortest_float32
 from siamese_deploy.table_files import csv_bytes, harmless

@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from siamese_deploy.bootstrap import Replicates, bootstrap
 from siamese_deploy.embedding import SCORE_CHUNK_PAIRS, ImageEmbeddings, embed_images, score_chunks
 from siamese_deploy.embedding_cache import EmbeddingCache
 from siamese_deploy.errors import InputDataError
 from siamese_deploy.image_folder import ImageFolder, SkippedFile, scan_image_folder
 from siamese_deploy.metrics import VerificationMetrics, metrics_of_counts
+from siamese_deploy.metrics.bootstrap import Replicates, bootstrap
+from siamese_deploy.metrics.score_counts import ScoreCounts, ScoreHistogram
 from siamese_deploy.pairs import PairList, Pairs, sample_pairs
-from siamese_deploy.score_counts import ScoreCounts, ScoreHistogram
 from siamese_deploy.verifier import Scores, Verifier
 
 EXACT_PAIRS = 2**24

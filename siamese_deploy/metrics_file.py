@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from siamese_deploy.bootstrap import LEVEL, METHOD, Replicates
 from siamese_deploy.errors import IntegrityError
 from siamese_deploy.evaluate import Evaluation
 from siamese_deploy.metrics import FALSE_ACCEPT_RATES, fold_accuracy, one_shot_accuracy
+from siamese_deploy.metrics.bootstrap import LEVEL, METHOD, Replicates
 from siamese_deploy.pairs import Pairs
 from siamese_deploy.table_files import open_text
 from siamese_deploy.verifier import Verifier

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from siamese_deploy.comparison import Comparison
-from siamese_deploy.confusions import Confusions, WorstPair
 from siamese_deploy.evaluate import Evaluation
 from siamese_deploy.metrics_file import metrics_text
 from siamese_deploy.pair_drawing import tile
 from siamese_deploy.pair_picture import side_by_side
 from siamese_deploy.pairs_csv import skipped_csv, write_pairs_csv, write_skipped_pairs
 from siamese_deploy.report_page import Example, report_page
+from siamese_deploy.report_page.confusions import Confusions, WorstPair
 
 
 def write_report(

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from siamese_deploy.confusions import Confusions, WorstPair
 from siamese_deploy.image_folder import ImageFolder
 from siamese_deploy.metrics import metrics_of_counts
+from siamese_deploy.metrics.score_counts import ScoreCounts, ScoreHistogram
 from siamese_deploy.pairs import Pairs
 from siamese_deploy.report_page import Example, report_page
-from siamese_deploy.score_counts import ScoreCounts, ScoreHistogram
+from siamese_deploy.report_page.confusions import Confusions, WorstPair
 
 HOSTILE = (
     "</script><script>document.title='hacked'</script>",

@@ -16,10 +16,10 @@ from siamese_deploy.cli.runtime_options import RuntimeOptions, describe, report_
 from siamese_deploy.errors import one_line
 
 if TYPE_CHECKING:
-    from siamese_deploy.bootstrap import Replicates
     from siamese_deploy.comparison import Comparison
     from siamese_deploy.embedding_cache import EmbeddingCache
     from siamese_deploy.evaluate import Evaluation
+    from siamese_deploy.metrics.bootstrap import Replicates
     from siamese_deploy.verifier import Verifier
 
 

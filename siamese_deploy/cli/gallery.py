@@ -101,7 +101,7 @@ def _warn(enrolment: Enrolment) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with every picture.")
 def list_command(gallery: Path, as_json: bool) -> None:
     """List who is enrolled in GALLERY."""
-    from siamese_deploy.gallery_store import GalleryStore
+    from siamese_deploy.gallery.store import GalleryStore
 
     store = GalleryStore(gallery)
     digest, dim = store.model()
@@ -139,7 +139,7 @@ def list_command(gallery: Path, as_json: bool) -> None:
 @click.argument("name", nargs=-1, required=True)
 def remove(gallery: Path, name: tuple[str, ...]) -> None:
     """Remove identities from GALLERY: all that are named, or none. Their embeddings are overwritten on the disk."""
-    from siamese_deploy.gallery_store import GalleryStore
+    from siamese_deploy.gallery.store import GalleryStore
 
     count = GalleryStore(gallery).remove(name)
     click.echo(f"removed: {count} pictures of {len(set(name))} identities")
@@ -208,7 +208,7 @@ def _as_json(found: Identification, bundle_digest: str, provider: str) -> dict[s
 @click.argument("target", type=PATH)
 def export(gallery: Path, target: Path) -> None:
     """Write GALLERY as gallery.csv and embeddings.npy into the new folder TARGET."""
-    from siamese_deploy.gallery_copies import export_gallery
+    from siamese_deploy.gallery.copies import export_gallery
 
     count = export_gallery(gallery, target)
     click.echo(one_line(f"written: {target}/gallery.csv and embeddings.npy, {count} rows"))
@@ -219,7 +219,7 @@ def export(gallery: Path, target: Path) -> None:
 @runtime_options
 def reembed(gallery: Path, runtime: RuntimeOptions) -> None:
     """Bind GALLERY to another bundle: embed its pictures again from where they were enrolled, all of them or none."""
-    from siamese_deploy.gallery_copies import reembed as embed_again
+    from siamese_deploy.gallery.copies import reembed as embed_again
 
     cache = runtime.open_cache()
     verifier = runtime.open_verifier(cache, throughput=True)

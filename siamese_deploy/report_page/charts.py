@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from siamese_deploy.metrics import MIN_FALSE_ACCEPTS
+from siamese_deploy.metrics.score_counts import ScoreCounts
 from siamese_deploy.report_page.format import NO_BREAK, far_power, number, percent, plain
-from siamese_deploy.score_counts import ScoreCounts
 
 Floats = npt.NDArray[np.float64]
 

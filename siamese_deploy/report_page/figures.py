@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from siamese_deploy.confusions import ClassRow
 from siamese_deploy.metrics import REFERENCE_THRESHOLD
+from siamese_deploy.report_page.confusions import ClassRow
 from siamese_deploy.report_page.format import (
     NO_BREAK,
     NOTHING,

@@ -14,7 +14,7 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from siamese_deploy.confusions import ClassRow
+from siamese_deploy.metrics.score_counts import ScoreCounts
 from siamese_deploy.report_page.charts import (
     Axes,
     Rates,
@@ -27,6 +27,7 @@ from siamese_deploy.report_page.charts import (
     roc_chart,
     tar_bars,
 )
+from siamese_deploy.report_page.confusions import ClassRow
 from siamese_deploy.report_page.figures import TITLE_FAR, cards, figures_table, interval, lead, run_facts
 from siamese_deploy.report_page.format import (
     NO_BREAK,
@@ -41,7 +42,6 @@ from siamese_deploy.report_page.format import (
     score,
 )
 from siamese_deploy.report_page.slider import slider_data
-from siamese_deploy.score_counts import ScoreCounts
 
 _ROWS_SHOWN, _ROWS_AT_MOST = 30, 1000
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from siamese_deploy.metrics.score_counts import ScoreCounts
 from siamese_deploy.report_page.charts import Axes
 from siamese_deploy.report_page.format import far_power
-from siamese_deploy.score_counts import ScoreCounts
 
 _EVENLY, _BY_SHARE = 400, 180
 _DECIMALS = 6

@@ -7,9 +7,9 @@ from math import erf, sqrt
 import numpy as np
 import pytest
 
-from siamese_deploy.bootstrap import ClassedScores, Replicates, bootstrap, paired_difference, replicates_for
 from siamese_deploy.metrics import VerificationMetrics, metrics_of_counts, verification_metrics
-from siamese_deploy.score_counts import ScoreCounts, ScoreHistogram
+from siamese_deploy.metrics.bootstrap import ClassedScores, Replicates, bootstrap, paired_difference, replicates_for
+from siamese_deploy.metrics.score_counts import ScoreCounts, ScoreHistogram
 
 THRESHOLD = 0.385
 
@@ -181,7 +181,7 @@ def test_streaming_counts_serve_as_well() -> None:
 def test_cells_that_do_not_fit_are_added_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     data = Data(classes=15, images=6, seed=4)
     whole = data.bootstrap()
-    monkeypatch.setattr("siamese_deploy.bootstrap._HELD_CELLS", 500)
+    monkeypatch.setattr("siamese_deploy.metrics.bootstrap._HELD_CELLS", 500)
     for name, values in data.bootstrap(size=200).values.items():
         assert values.tobytes() == whole.values[name].tobytes()
 
@@ -222,7 +222,7 @@ def test_same_pairs_of_two_folders_weigh_as_different_ones_do() -> None:
 
 def test_replicates_without_a_same_pair_are_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 3 classes only one has a same pair: (2/3)^3 of the replicates have none."""
-    monkeypatch.setattr("siamese_deploy.bootstrap.MIN_CLASSES", 3)
+    monkeypatch.setattr("siamese_deploy.metrics.bootstrap.MIN_CLASSES", 3)
     left, right = np.array([0, 0, 0, 1]), np.array([0, 1, 2, 2])
     scores, is_same = np.array([0.9, 0.4, 0.6, 0.5], np.float32), left == right
     found = bootstrap(

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siamese_deploy.confusions import CONFUSED_CLASSES, Confusions, WorstPair
 from siamese_deploy.image_folder import ImageFolder
 from siamese_deploy.pairs import Pairs
+from siamese_deploy.report_page.confusions import CONFUSED_CLASSES, Confusions, WorstPair
 
 
 def folder_of(class_sizes: list[int]) -> ImageFolder:

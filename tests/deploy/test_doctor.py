@@ -20,10 +20,10 @@ from conftest import RunCommand, assert_refused
 from onnx import TensorProto, helper, numpy_helper
 from tiny_bundle import make_bundle
 
-from siamese_deploy import doctor_packages
 from siamese_deploy.cli import main as siamese
-from siamese_deploy.doctor import PROBE_GRAPH
-from siamese_deploy.doctor_checks import Finding, check_cpu, check_memory, check_open_files
+from siamese_deploy.doctor import packages as doctor_packages
+from siamese_deploy.doctor.checks import Finding, check_cpu, check_memory, check_open_files
+from siamese_deploy.doctor.doctor import PROBE_GRAPH
 from siamese_deploy.gpu import GpuIdentity
 from siamese_deploy.installed_libraries import find_library, nvidia_libraries_needed
 from siamese_deploy.providers import ORT_NAMES

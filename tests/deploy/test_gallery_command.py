@@ -10,7 +10,7 @@ from conftest import CLASSES, DRAWINGS, RunCommand, assert_refused
 from PIL import Image
 
 from siamese_deploy.cli import main as siamese
-from siamese_deploy.gallery_store import GalleryStore
+from siamese_deploy.gallery.store import GalleryStore
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from siamese_deploy.gallery_store import GalleryStore
+from siamese_deploy.gallery.store import GalleryStore
 
 KILLS = int(os.environ.get("SIAMESE_KILLS", "300"))
 OPERATIONS = int(os.environ.get("SIAMESE_OPERATIONS", "200"))
@@ -22,7 +22,7 @@ _WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from siamese_deploy.gallery_store import GalleryStore, Group, StoredPicture
+from siamese_deploy.gallery.store import GalleryStore, Group, StoredPicture
 store, first = GalleryStore.create(Path(sys.argv[1]), "digest", 32), int(sys.argv[2])
 print("ready", flush=True)
 for k in range(first, first + 100_000):

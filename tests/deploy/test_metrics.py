@@ -20,7 +20,6 @@ from sklearn.metrics import (
     roc_curve,
 )
 
-from siamese_deploy.decisions import Decisions
 from siamese_deploy.errors import InputDataError, IntegrityError
 from siamese_deploy.metrics import (
     FALSE_ACCEPT_RATES,
@@ -34,6 +33,7 @@ from siamese_deploy.metrics import (
     roc_auc,
     verification_metrics,
 )
+from siamese_deploy.metrics.decisions import Decisions
 
 # Few distinct values, so that ties are common.
 scored = st.lists(st.tuples(st.integers(0, 12).map(lambda n: n / 12), st.booleans()), min_size=2, max_size=60)

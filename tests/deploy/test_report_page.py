@@ -15,9 +15,9 @@ from conftest import RunCommand
 from report_pages import HOSTILE, Page, make_page
 
 from siamese_deploy.cli.eval import main as eval_main
+from siamese_deploy.metrics.score_counts import ScoreCounts
 from siamese_deploy.report_page.charts import Rates, roc_axes
 from siamese_deploy.report_page.format import percent, score
-from siamese_deploy.score_counts import ScoreCounts
 
 VOID = {"meta", "img", "input", "br", "wbr"}
 # In the page they are written as empty elements, closed in the same tag.

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from siamese_deploy.errors import IntegrityError
 from siamese_deploy.metrics import VerificationMetrics, accepted, metrics_of_counts
-from siamese_deploy.score_counts import ScoreCounts, ScoreHistogram
+from siamese_deploy.metrics.score_counts import ScoreCounts, ScoreHistogram
 
 AWKWARD = (0.0, -0.0, 1.0, 0.5, 1e-45, 1e-38, 2.0**-24, 1 - 2.0**-24, 1 - 2.0**-23, 0.5 - 2.0**-25, 0.5 + 2.0**-24)
 value = st.one_of(

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from siamese_deploy.durable_files import fsync_path
 from siamese_deploy.errors import BusyError, EnvironmentFault, InputDataError, IntegrityError
-from siamese_deploy.gallery_vectors import VectorFile, checksums, cut_behind, new_vectors_name, write_slots
+from siamese_deploy.gallery.vectors import VectorFile, checksums, cut_behind, new_vectors_name, write_slots
 from siamese_deploy.private_folder import private_folder
 from siamese_deploy.verifier import Embeddings
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from siamese_deploy.score_counts import ScoreCounts
+from siamese_deploy.metrics.score_counts import ScoreCounts
 
 
 def accepted(scores: npt.NDArray[np.floating], threshold: float) -> npt.NDArray[np.bool_]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from siamese_deploy.decisions import accepted
 from siamese_deploy.image_folder import ImageFolder
+from siamese_deploy.metrics.decisions import accepted
 from siamese_deploy.pairs import Pairs
 from siamese_deploy.verifier import Scores
 

@@ -12,9 +12,9 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from siamese_deploy.calibration import calibration_bin
-from siamese_deploy.decisions import Decisions, decisions_at, decisions_from
-from siamese_deploy.score_counts import ScoreCounts
+from siamese_deploy.metrics.calibration import calibration_bin
+from siamese_deploy.metrics.decisions import Decisions, decisions_at, decisions_from
+from siamese_deploy.metrics.score_counts import ScoreCounts
 
 Numbers = npt.NDArray[np.float64]
 

@@ -22,8 +22,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from siamese_deploy.metrics import FALSE_ACCEPT_RATES, REFERENCE_THRESHOLD, different_pairs_needed
-from siamese_deploy.score_counts import ScoreCounts
+from siamese_deploy.metrics.figures import FALSE_ACCEPT_RATES, REFERENCE_THRESHOLD, different_pairs_needed
+from siamese_deploy.metrics.score_counts import ScoreCounts
 from siamese_deploy.verifier import Scores
 
 METHOD = "percentile bootstrap over classes"

@@ -21,8 +21,9 @@ from io import StringIO
 from types import ModuleType
 from typing import Any
 
-from siamese_deploy import doctor_checks, doctor_packages
-from siamese_deploy.doctor_checks import Finding, Level
+from siamese_deploy.doctor import checks as doctor_checks
+from siamese_deploy.doctor import packages as doctor_packages
+from siamese_deploy.doctor.checks import Finding, Level
 from siamese_deploy.errors import EnvironmentFault, MissingExtraError, SiameseError
 from siamese_deploy.providers import ORT_NAMES, import_onnxruntime, open_session, providers_to_try
 

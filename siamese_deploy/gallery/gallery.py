@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from siamese_deploy.embedding import EmbeddedPicture, embed_pictures
 from siamese_deploy.errors import ImageError, InputDataError, UsageError
-from siamese_deploy.gallery_store import GalleryStore, Group, Rows, Snapshot, StoredPicture
+from siamese_deploy.gallery.store import GalleryStore, Group, Rows, Snapshot, StoredPicture
 from siamese_deploy.image_folder import ImageFolder, SkippedFile
 from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.preprocess import Picture, decode_image

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from siamese_deploy.score_counts import ScoreCounts
+from siamese_deploy.metrics.score_counts import ScoreCounts
 
 BINS = 15
 """Of equal width, as Guo et al. take."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from siamese_deploy.durable_files import folder_published_as
 from siamese_deploy.embedding import embed_pictures
 from siamese_deploy.errors import InputDataError, IntegrityError
-from siamese_deploy.gallery_store import GalleryStore
+from siamese_deploy.gallery.store import GalleryStore
 from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.preprocess import Picture
 from siamese_deploy.runtime import OnnxVerifier

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
-from siamese_deploy.doctor_checks import Finding, version_numbers
+from siamese_deploy.doctor.checks import Finding, version_numbers
 from siamese_deploy.gpu import gpu_identity, tensorrt_version
 from siamese_deploy.installed_libraries import Library, find_library, nvidia_libraries_needed
 

@@ -4,7 +4,7 @@ FAR, the false accept rate, is the share of different pairs that are accepted (s
 rate, the share of same pairs that are. ISO/IEC 19795-1 calls them false match rate and 1 - false non-match rate.
 
 Everything is computed from a `ScoreCounts`, by whole numbers as far as it goes: exact with ties, and the same whether
-the scores lie in memory or went through a histogram. Of a histogram, `metric_bounds` says how far a figure can be off.
+the scores lie in memory or went through a histogram. Of a histogram, `bounds` says how far a figure can be off.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from siamese_deploy.calibration import Calibration, calibration
-from siamese_deploy.decisions import Decisions, decisions_at, decisions_from
-from siamese_deploy.decisions import accepted as accepted
 from siamese_deploy.errors import InputDataError
-from siamese_deploy.metric_bounds import bounds_of
-from siamese_deploy.score_counts import ScoreCounts
+from siamese_deploy.metrics.bounds import bounds_of
+from siamese_deploy.metrics.calibration import Calibration, calibration
+from siamese_deploy.metrics.decisions import Decisions, decisions_at, decisions_from
+from siamese_deploy.metrics.score_counts import ScoreCounts
 from siamese_deploy.verifier import Scores
 
 FALSE_ACCEPT_RATES = (0.1, 0.01, 0.001, 0.0001)

@@ -157,6 +157,7 @@ _OPTIONS = (
     click.option(
         "--images",
         type=_ImagesToDraw(),
+        metavar="all|errors|none|N",
         help="Pairs to draw: all, errors, none, or the first N.  [default: all, of more than 5,000 none]",
     ),
     click.option("--strict", is_flag=True, help="Fail if a picture that is needed cannot be used."),

@@ -8,6 +8,7 @@ checked on the very bytes that are handed to ONNX Runtime: nothing is opened twi
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -123,13 +124,16 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     """
     folder = Path(path)
     while True:
-        before = _identity(folder)
-        try:
-            return _read_bundle(folder)
-        except (BundleError, FileNotFoundError):
-            if _identity(folder) == before:
-                raise
-            # The whole bundle was replaced between two of its files: read the new one.
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):  # while it is open, no other folder gets its inode number
+                held.callback(os.close, os.open(folder, os.O_RDONLY))
+            before = _identity(folder)
+            try:
+                return _read_bundle(folder)
+            except (BundleError, FileNotFoundError):
+                if _identity(folder) == before:
+                    raise
+                # The whole bundle was replaced between two of its files: read the new one.
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

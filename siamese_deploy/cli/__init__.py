@@ -14,6 +14,7 @@ _COMMANDS = {
     "eval": "evaluate a bundle on a folder of pictures",
     "gallery": "enrol pictures under names; find out whose a picture is",
     "prepare": "build TensorRT's engines ahead, and check that a bundle starts",
+    "bench": "latency and throughput on real pictures, and whether they became worse",
     "check": "what is wrong with a data set: duplicates, leaks, damaged pictures, odd names",
     "doctor": "what is installed, which providers really start and why not",
     "cache": "show, shrink or remove the embeddings kept on disk",

@@ -18,16 +18,14 @@ import click
 from siamese_deploy.errors import SiameseError, one_line
 
 
-class _Path(click.ParamType[Path]):
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+class _Path(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if str(value) == "":  # an unset variable of a script; pathlib takes it for the current folder
             self.fail("is empty; expected a path", param, ctx)
-        return Path(value)
+        return super().convert(value, param, ctx)
 
 
-PATH = _Path()
+PATH = _Path(path_type=Path)
 SEED = click.IntRange(0, 2**32 - 1)
 
 # Disk, permission, descriptors and memory: the environment's fault, not the user's and not ours.

@@ -25,16 +25,12 @@ DEFAULT_WAYS = 20
 DEFAULT_EPISODES = 400
 
 
-class _ImagesToDraw(click.ParamType[str | int]):
-    name = "all|errors|none|N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
-        text = str(value)
-        if text in ("all", "errors", "none"):
-            return text
-        if text.isascii() and text.isdigit():
-            return int(text)
-        self.fail(f"{value!r}: expected all, errors, none or a number", param, ctx)
+def _images_to_draw(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | int | None:
+    if value is None or value in ("all", "errors", "none"):
+        return value
+    if value.isascii() and value.isdigit():
+        return int(value)
+    raise click.BadParameter(f"{value!r}: expected all, errors, none or a number")
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,7 @@ _OPTIONS = (
     click.option("--seed", type=SEED, help=f"Seed of the pairs that are drawn.  [default: {DEFAULT_SEED}]"),
     click.option(
         "--images",
-        type=_ImagesToDraw(),
+        callback=_images_to_draw,
         metavar="all|errors|none|N",
         help="Pairs to draw: all, errors, none, or the first N.  [default: all, of more than 5,000 none]",
     ),

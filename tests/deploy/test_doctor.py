@@ -193,12 +193,12 @@ def test_two_onnxruntimes_in_one_folder_are_a_problem_with_the_commands_that_men
     run: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = tmp_path / "site"
-    plant_package(site, "onnxruntime-gpu", "1.0", top_level="onnxruntime\n")
+    plant_package(site, "onnxruntime-gpu", "99.0", top_level="onnxruntime\n")
     (site / "onnxruntime").symlink_to(Path(onnxruntime.__file__).parent)  # one folder for both
     monkeypatch.syspath_prepend(site)
     report, findings = diagnose(run)
     assert findings["two-onnxruntimes"]["level"] == "problem"
-    assert "onnxruntime-gpu 1.0" in findings["two-onnxruntimes"]["message"]
+    assert "onnxruntime-gpu 99.0" in findings["two-onnxruntimes"]["message"]
     mend = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'siamese-toolkit[gpu]'"
     assert mend in findings["two-onnxruntimes"]["remedy"]
     assert (report["exit_code"], "1 problem" in report["verdict"]) == (0, True)  # the provider does work
@@ -208,13 +208,13 @@ def test_an_onnxruntime_behind_another_one_is_a_warning(
     run: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = tmp_path / "site"
-    plant_package(site, "onnxruntime-openvino", "1.0", RECORD="onnxruntime/__init__.py,,\n")
+    plant_package(site, "onnxruntime-openvino", "99.0", RECORD="onnxruntime/__init__.py,,\n")
     plant_package(site, "onnxruntime-extensions", "1.0", top_level="onnxruntime_extensions\n")
     plant_package(site, "onnxruntime-genai", "1.0", RECORD="onnxruntime_genai/onnxruntime/__init__.py,,\n")
     monkeypatch.syspath_prepend(site)
     _, findings = diagnose(run)
     assert findings["shadowed-onnxruntime"]["level"] == "warning"
-    assert "onnxruntime-openvino 1.0" in findings["shadowed-onnxruntime"]["message"]
+    assert "onnxruntime-openvino 99.0" in findings["shadowed-onnxruntime"]["message"]
     assert "extensions" not in findings["shadowed-onnxruntime"]["message"]
     assert "genai" not in findings["shadowed-onnxruntime"]["message"]
     assert "two-onnxruntimes" not in findings

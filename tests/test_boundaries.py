@@ -66,7 +66,8 @@ def test_help_and_version_need_only_click() -> None:
         "module, name = sys.argv.pop(1).split(':')\n"
         "getattr(import_module(module), name)()"
     )
-    for command in ("", ".eval", ".verify", ".gallery", ".cache", ".doctor", ".check", ".bench", ".prepare", ".demo_data"):
+    commands = ("eval", "verify", "gallery", "cache", "doctor", "check", "bench", "prepare", "demo_data")
+    for command in ("", *(f".{name}" for name in commands)):
         for option in ("--help",) if command in (".gallery", ".cache") else ("--help", "--version"):
             subprocess.run(
                 [sys.executable, "-c", code, f"siamese_deploy.cli{command}:main", option],

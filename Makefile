@@ -1,16 +1,19 @@
 # make demo    install, draw pictures, train, export, evaluate
 # make test    install what the tests need and run all of them
-# make check   linter, formatter, type checker, import directions
+# make check   linter, formatter, type checker, import directions, bandit
 # make deploy-test   the runtime's tests without torch, on the oldest versions it claims
 # make browser-test  the report's page in Chromium (Debian's packages chromium and chromium-driver)
 # make triton-test   what --triton writes, on a real Triton Inference Server (without docker; Linux with glibc 2.35)
+# make bench   what benchmarks/ promise, about an hour on two idle cores; CHECKPOINT=FILE.pth, trained at 224 px, for the
+#              accuracies too. Not in it, because they take hours: benchmarks/training.py and benchmarks/export.py
+# make lock    requirements/*.txt, the exact packages with their hashes, and sbom/*.cdx.json, anew from constraints.txt
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check deploy-test browser-test triton-test clean
+.PHONY: demo test check deploy-test browser-test triton-test bench lock clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/installed-toolkit: pyproject.toml constraints.txt
@@ -22,6 +25,10 @@ $(VENV)/installed-toolkit: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed-toolkit
 	$(PIP_INSTALL) -c constraints.txt -e '.[export,cpu,dev]'
+	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed-toolkit
+	$(PIP_INSTALL) -c constraints.txt -e '.[export,cpu,bench]'
 	@touch $@
 
 demo: $(VENV)/installed-toolkit
@@ -45,11 +52,12 @@ check: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/mypy --python-version 3.10 -p siamese_deploy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet -c pyproject.toml -r siamese_deploy siamese_train export
 
 deploy-test:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
-		-e '.[cpu,check]' hypothesis jsonschema onnx pytest scikit-learn
+		-e '.[cpu,check,sign]' hypothesis jsonschema onnx pytest scikit-learn
 	$(VENV)-oldest/bin/pytest tests/deploy
 
 browser-test: $(VENV)/installed-dev
@@ -61,5 +69,33 @@ triton-test: $(VENV)/installed-dev
 	$(VENV)-triton/bin/pip install --quiet --disable-pip-version-check nvidia-pytriton==0.7.0 'numpy<2' onnxruntime
 	SIAMESE_TRITON=$(VENV)-triton $(BIN)/pytest -m triton tests/export/test_triton.py
 
+# One after the other, since what is timed wants the machine for itself; the rest runs on after a promise is not kept.
+bench: CHECKPOINT_OPTION := $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
+bench: $(VENV)/installed-bench
+	@failed=; run() { echo "== $$*"; $(BIN)/python benchmarks/"$$@" || failed="$$failed, $$*"; }; \
+	run evaluation.py; run runtime.py; run network.py $(CHECKPOINT_OPTION); run decoding.py; \
+	run whole.py pictures $(CHECKPOINT_OPTION); run whole.py none; run whole.py help; run whole.py memory; \
+	run scaling.py; \
+	test -z "$$failed" || { echo "not kept or failed: $${failed#, }"; exit 1; }
+
+LOCK = $(VENV)-lock/bin/uv pip compile --quiet --upgrade --universal --generate-hashes -c constraints.txt \
+	--custom-compile-command "make lock" pyproject.toml
+BOM = $(VENV)-lock/bin/cyclonedx-py requirements --pyproject pyproject.toml --mc-type application --output-reproducible
+# Its descriptions repeat the lines of the lock file, hashes and all.
+SHORTEN = $(VENV)-lock/bin/python -c 'import json, sys; \
+	bom = json.load(open(sys.argv[1])); [part.pop("description") for part in bom["components"]]; \
+	open(sys.argv[1], "w").write(json.dumps(bom, indent=1, sort_keys=True) + "\n")'
+
+lock:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet --disable-pip-version-check uv==0.13.9 cyclonedx-bom==7.5.0
+	mkdir -p requirements sbom
+	$(LOCK) --python-version 3.10 --extra cpu --extra sign -o requirements/edge.txt
+	$(LOCK) --python-version 3.11 --extra export --extra cpu --extra sign -o requirements/train.txt
+	$(BOM) requirements/edge.txt -o sbom/edge.cdx.json
+	$(BOM) requirements/train.txt -o sbom/train.cdx.json
+	$(SHORTEN) sbom/edge.cdx.json
+	$(SHORTEN) sbom/train.cdx.json
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-triton demo
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-triton $(VENV)-lock demo

@@ -1,5 +1,7 @@
 """A bundle is a folder of three files: manifest.json, backbone.onnx, head.onnx. Write it, read it, prove it intact.
 
+A fourth, manifest.sig, is there where somebody signed it; it is read by those who ask for the signature.
+
 The manifest is canonical JSON (sorted keys, two-space indent, ASCII) and is refused unless its bytes are exactly that.
 It holds the SHA-256 of both graphs and of itself (computed without the field `manifest_sha256`). The graphs' hashes are
 checked on the very bytes that are handed to ONNX Runtime: nothing is opened twice.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -25,10 +28,12 @@ from siamese_deploy.durable_files import folder_published_as, refuse_existing
 from siamese_deploy.errors import BundleError, InputDataError, UsageError
 from siamese_deploy.graph_check import check_graph
 from siamese_deploy.preprocess import Preprocess
+from siamese_deploy.signature import SIGNATURE_BYTES, SigningKey, VerifyKey
 from siamese_deploy.verifier import Embeddings
 
 FORMAT = "siamese-bundle/1"
 MANIFEST, BACKBONE, HEAD = "manifest.json", "backbone.onnx", "head.onnx"
+SIGNATURE = "manifest.sig"
 MAX_MANIFEST_BYTES = 2**20
 MAX_GRAPH_BYTES = 2**31 - 1
 # Tensor names of the two graphs.
@@ -100,11 +105,17 @@ class Bundle:
             )
         )
 
-    def write(self, target: Path, *, replace: bool = False) -> None:
+    @property
+    def manifest_digest(self) -> str:
+        """SHA-256 (hex) of the manifest that `write` writes, its field `manifest_sha256`: what `expect_digest` pins."""
+        return _sha256(_canonical_json(_manifest_value(self)))
+
+    def write(self, target: Path, *, replace: bool = False, key: SigningKey | None = None) -> None:
         """Publish as the folder `target`, complete or not at all.
 
         Args:
             replace: `target` may be a bundle already, whole or damaged; it stays until the new one is complete.
+            key: signs it.
 
         Raises:
             UsageError: as `refuse_target`.
@@ -112,24 +123,44 @@ class Bundle:
         with folder_published_as(target, partial(refuse_target, replace=replace)) as temporary:
             (temporary / BACKBONE).write_bytes(self.backbone)
             (temporary / HEAD).write_bytes(self.head)
-            (temporary / MANIFEST).write_bytes(_manifest_bytes(self))
+            manifest = _manifest_bytes(self)
+            (temporary / MANIFEST).write_bytes(manifest)
+            if key is not None:
+                (temporary / SIGNATURE).write_bytes(key.sign(manifest))
 
 
-def read_bundle(path: str | os.PathLike[str]) -> Bundle:
+def read_bundle(
+    path: str | os.PathLike[str],
+    *,
+    expect_digest: str | None = None,
+    verify_key: str | os.PathLike[str] | None = None,
+) -> Bundle:
     """Read and check a bundle folder.
 
+    Args:
+        expect_digest: the only `manifest_sha256` to accept, 64 hexadecimal digits. It covers graphs, threshold and all
+            the rest; the `bundle_digest`, which leaves the threshold out, is refused.
+        verify_key: file with the public key (Ed25519, PEM) that the bundle must be signed with.
+
     Raises:
-        InputDataError: `path` does not exist.
-        BundleError: not a bundle, incomplete, with files that do not belong to it, damaged, or of a newer format.
+        InputDataError: `path` or `verify_key` does not exist.
+        BundleError: not a bundle, incomplete, with files that do not belong to it, damaged, or of a newer format; not
+            the one expected, or not signed with the key.
+        IntegrityError: `verify_key` holds no such key.
+        MissingExtraError: `verify_key` needs the package cryptography.
+        UsageError: `expect_digest` is not 64 hexadecimal digits.
     """
     folder = Path(path)
+    if expect_digest is not None:
+        expect_digest = _checked_digest(expect_digest)
+    key = None if verify_key is None else VerifyKey(verify_key)
     while True:
         with contextlib.ExitStack() as held:
             with contextlib.suppress(OSError):  # while it is open, no other folder gets its inode number
                 held.callback(os.close, os.open(folder, os.O_RDONLY))
             before = _identity(folder)
             try:
-                return _read_bundle(folder)
+                return _read_bundle(folder, expect_digest, key)
             except (BundleError, FileNotFoundError):
                 if _identity(folder) == before:
                     raise
@@ -144,7 +175,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _read_bundle(folder: Path) -> Bundle:
+def _read_bundle(folder: Path, expect_digest: str | None, key: VerifyKey | None) -> Bundle:
     if not folder.exists():
         raise InputDataError(f"{folder}: no such bundle")
     if not folder.is_dir():
@@ -156,11 +187,19 @@ def _read_bundle(folder: Path) -> Bundle:
     for expected in (BACKBONE, HEAD):
         if expected not in names:
             raise BundleError(f"{folder}: incomplete bundle ({expected} is missing); copy or export it again")
-    foreign = [name for name in names if name not in (MANIFEST, BACKBONE, HEAD)]
+    foreign = [name for name in names if name not in (MANIFEST, BACKBONE, HEAD, SIGNATURE)]
     if foreign:
         raise BundleError(f"{folder}: holds files that do not belong to a bundle ({', '.join(foreign)}); remove them")
     text = _read_regular(folder / MANIFEST, MAX_MANIFEST_BYTES)
-    manifest, files, digest = _parse_manifest(folder / MANIFEST, text)
+    if key is not None:
+        if SIGNATURE not in names:
+            raise BundleError(
+                f"{folder}: is not signed ({SIGNATURE} is missing); expected a bundle from the key's owner"
+            )
+        key.check(text, _read_regular(folder / SIGNATURE, SIGNATURE_BYTES), folder)
+    manifest, files, digest, manifest_digest = _parse_manifest(folder / MANIFEST, text)
+    if expect_digest is not None and manifest_digest != expect_digest:
+        raise _unexpected(folder, expect_digest, digest, manifest_digest)
     graphs = {}
     for name in (BACKBONE, HEAD):
         graphs[name] = _read_regular(folder / name, MAX_GRAPH_BYTES)
@@ -176,6 +215,25 @@ def _read_bundle(folder: Path) -> Bundle:
     return bundle
 
 
+def _checked_digest(text: str) -> str:
+    digest = text.lower()
+    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise UsageError(f"expect_digest: expected the 64 hexadecimal digits of a manifest_sha256, got {text!r}")
+    return digest
+
+
+def _unexpected(folder: Path, expected: str, bundle_digest: str, manifest_digest: str) -> BundleError:
+    if expected == bundle_digest:
+        return BundleError(
+            f"{folder}: {expected} is its bundle_digest, which leaves the threshold out and pins nothing; expect the "
+            "manifest_sha256 that siamese-export printed"
+        )
+    return BundleError(
+        f"{folder}: is another bundle than the one to expect (manifest_sha256 expected {expected}, got "
+        f"{manifest_digest}); get that bundle again, or expect the digest that siamese-export printed for this one"
+    )
+
+
 def refuse_target(target: Path, *, replace: bool) -> None:
     """Raises:
     UsageError: the parent folder of `target` does not exist; or `target` does, and is not to be replaced or no bundle.
@@ -184,7 +242,7 @@ def refuse_target(target: Path, *, replace: bool) -> None:
         return refuse_existing(target)
     if target.is_symlink() or not target.is_dir():
         raise UsageError(f"{target}: is a {'link' if target.is_symlink() else 'file'}; expected a bundle to replace")
-    names = set(os.listdir(target))
+    names = set(os.listdir(target)) - {SIGNATURE}
     ours = names == {MANIFEST, BACKBONE, HEAD} or (
         MANIFEST in names
         and names < {MANIFEST, BACKBONE, HEAD}
@@ -209,9 +267,10 @@ def _canonical_json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
 
 
-def _manifest_bytes(bundle: Bundle) -> bytes:
+def _manifest_value(bundle: Bundle) -> dict[str, Any]:
+    """All of it but its own hash."""
     manifest = bundle.manifest
-    value: dict[str, Any] = {
+    return {
         "format": FORMAT,
         "backbone": manifest.backbone,
         "embedding_dim": manifest.embedding_dim,
@@ -225,15 +284,22 @@ def _manifest_bytes(bundle: Bundle) -> bytes:
         "files": {BACKBONE: _sha256(bundle.backbone), HEAD: _sha256(bundle.head)},
         "bundle_digest": bundle.digest,
     }
-    value["manifest_sha256"] = _sha256(_canonical_json(value))
-    return _canonical_json(value)
+
+
+def _manifest_bytes(bundle: Bundle) -> bytes:
+    return _canonical_json(_manifest_value(bundle) | {"manifest_sha256": bundle.manifest_digest})
 
 
 def _read_regular(path: Path, limit_bytes: int) -> bytes:
     # No links are followed, and a named pipe must not hang the run.
     if path.is_symlink():
         raise BundleError(f"{path}: is a link; expected a plain file")
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise BundleError(f"{path}: is a link or a socket; expected a plain file") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_size > limit_bytes:
         os.close(descriptor)
@@ -242,8 +308,8 @@ def _read_regular(path: Path, limit_bytes: int) -> bytes:
         return file.read()
 
 
-def _parse_manifest(path: Path, text: bytes) -> tuple[Manifest, dict[str, str], str]:
-    """The manifest, the graphs' hashes by file name, and the bundle digest."""
+def _parse_manifest(path: Path, text: bytes) -> tuple[Manifest, dict[str, str], str, str]:
+    """The manifest, the graphs' hashes by file name, the bundle digest and the manifest's own."""
     damaged = f"{path}: damaged; copy or export the bundle again"
     try:
         value = json.loads(text.decode("ascii"), object_pairs_hook=_unique_keys)
@@ -259,7 +325,7 @@ def _parse_manifest(path: Path, text: bytes) -> tuple[Manifest, dict[str, str], 
     if stated != found:
         raise BundleError(f"{damaged} (manifest_sha256 expected {stated}, got {found})")
     try:
-        return _manifest_from(value), _typed(value, "files", dict), _typed(value, "bundle_digest", str)
+        return _manifest_from(value), _typed(value, "files", dict), _typed(value, "bundle_digest", str), found
     except (KeyError, ValueError) as error:
         raise BundleError(f"{path}: {error.args[0]}") from error
 

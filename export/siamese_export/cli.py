@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from siamese_deploy.bundle import Bundle, read_bundle
+from siamese_deploy.bundle import MANIFEST, SIGNATURE, Bundle, read_bundle
 from siamese_deploy.cli.command import PATH, SEED, Command
 from siamese_deploy.durable_files import refuse_existing
 from siamese_deploy.errors import UsageError, needs_extra, one_line
+from siamese_deploy.signature import SigningKey
+from siamese_export.sign import sign_bundle
 
 if TYPE_CHECKING:
     from siamese_export.export import Exported
@@ -25,6 +28,8 @@ def _print_bundle(path: Path) -> None:
     height, width = manifest.preprocess.size_hw
     lines = {
         "bundle digest": bundle.digest,
+        "manifest digest": json.loads((path / MANIFEST).read_bytes())["manifest_sha256"],
+        "signed": "yes (whose signature it is, --verify_key tells)" if (path / SIGNATURE).exists() else "no",
         "backbone": f"{manifest.backbone}, {len(bundle.backbone):,} bytes; head {len(bundle.head):,} bytes",
         "embedding": f"{manifest.embedding_dim} numbers",
         "precision": f"{manifest.precision}, head fp32",
@@ -94,7 +99,10 @@ def _leaves(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
     help="Also write this folder, a model repository for Triton Inference Server; must not exist. With --bundle, of "
     "that bundle.",
 )
-@click.option("--bundle", type=PATH, help="For --triton: a bundle that was exported before.")
+@click.option(
+    "--sign", type=PATH, metavar="KEY", help="Sign the bundle with this private key (Ed25519, PEM); see docs/bundle.md."
+)
+@click.option("--bundle", type=PATH, help="For --triton and --sign: a bundle that was exported before.")
 @click.option("--show", type=PATH, help="Print what is in this bundle instead.")
 def main(
     checkpoint: Path | None,
@@ -106,6 +114,7 @@ def main(
     target: str | None,
     calibration: Path | None,
     triton: Path | None,
+    sign: Path | None,
     bundle: Path | None,
     show: Path | None,
     **numbers: float | None,
@@ -118,15 +127,14 @@ def main(
     if triton:
         refuse_existing(triton)
         _refuse_inside(triton, bundle or out_path)
+    key = SigningKey(sign) if sign else None
     if bundle:
-        _refuse_others(chosen, {"bundle", "triton"})
-        if triton is None:
-            raise UsageError("--bundle BUNDLE goes with --triton FOLDER")
-        return _write_triton(read_bundle(bundle), triton)
+        _refuse_others(chosen, {"bundle", "triton", "sign"})
+        return _use_bundle(bundle, triton, key)
     if checkpoint is None or out_path is None:
         raise UsageError(
-            "expected --checkpoint FILE and --out_path FOLDER, or --show BUNDLE, or --bundle BUNDLE and --triton "
-            "FOLDER (see --help)"
+            "expected --checkpoint FILE and --out_path FOLDER, or --show BUNDLE, or --bundle BUNDLE with "
+            "--triton FOLDER or --sign KEY (see --help)"
         )
     given = {name: value for name, value in numbers.items() if value is not None}
     for name, value in given.items():
@@ -148,6 +156,7 @@ def main(
         target_far=target_far,
         limits=Limits(**{name[len("max_") :]: value for name, value in given.items() if name in _LIMITS}),
         replace=force,
+        key=key,
         say=lambda line: click.echo(one_line(line), err=True),
     )
     _print_exported(exported)
@@ -211,6 +220,18 @@ def _print_exported(exported: Exported) -> None:
             click.echo("recommended: --precision fp32, which is faster here")
     click.echo(one_line(f"threshold: {manifest.threshold:.4f} ({manifest.threshold_origin})"))
     click.echo(f"bundle digest: {exported.bundle.digest}")
+    click.echo(f"manifest digest: {exported.bundle.manifest_digest}")
+
+
+def _use_bundle(path: Path, triton: Path | None, key: SigningKey | None) -> None:
+    if triton is None and key is None:
+        raise UsageError("--bundle BUNDLE goes with --triton FOLDER or --sign KEY")
+    bundle = read_bundle(path)
+    if key is not None:
+        digest = sign_bundle(path, key)
+        click.echo(one_line(f"signed: {path}, manifest digest {digest}"))
+    if triton is not None:
+        _write_triton(bundle, triton)
 
 
 def _write_triton(bundle: Bundle, folder: Path) -> None:

@@ -47,6 +47,7 @@ from siamese_deploy.image_folder import ImageFolder, scan_image_folder
 from siamese_deploy.preprocess import Preprocess, load_image, resize_image
 from siamese_deploy.providers import open_session, run_session
 from siamese_deploy.runtime import OnnxVerifier
+from siamese_deploy.signature import SigningKey
 from siamese_deploy.verifier import Images
 from siamese_export.accuracy import (
     DEFAULT_TARGET_FAR,
@@ -109,6 +110,7 @@ def export_checkpoint(
     target_far: float | None = None,
     limits: Limits | None = None,
     replace: bool = False,
+    key: SigningKey | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Export a checkpoint as the bundle folder `target`.
@@ -122,6 +124,7 @@ def export_checkpoint(
             pairs enough to tell, else the threshold is DEFAULT_THRESHOLD. Below fp32 there have to be enough.
         limits: what a precision below fp32 may cost.
         replace: `target` may be a bundle already; it stays until the new one is complete.
+        key: signs the bundle.
         say: is told what is being done, and what the user should know.
 
     Raises:
@@ -206,7 +209,7 @@ def export_checkpoint(
     if accuracy and (point := accuracy.operating_point):
         manifest = replace_fields(manifest, threshold=point.threshold, threshold_origin=accuracy.origin_of(point))
     bundle = replace_fields(bundle, manifest=manifest)
-    bundle.write(target, replace=replace)
+    bundle.write(target, replace=replace, key=key)
     return Exported(bundle, parity, accuracy, speed)
 
 

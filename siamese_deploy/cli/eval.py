@@ -30,12 +30,15 @@ def main(options: EvaluationOptions, runtime: RuntimeOptions) -> None:
     """Evaluate a bundle with ONNX Runtime: report.html, metrics.json, pairs.csv and one picture per pair."""
     cache = runtime.open_cache()
 
-    def open_verifier(bundle: Path = runtime.bundle) -> Verifier:
-        verifier = replace(runtime, bundle=bundle).open_verifier(cache, throughput=True)
+    def open_verifier(runtime: RuntimeOptions = runtime) -> Verifier:
+        verifier = runtime.open_verifier(cache, throughput=True)
         click.echo(describe(verifier))
         return verifier
 
-    evaluate_into(open_verifier, open_verifier, options, cache=cache)
+    def open_other(bundle: Path) -> Verifier:
+        return open_verifier(replace(runtime, bundle=bundle, expect_digest=None))
+
+    evaluate_into(open_verifier, open_other, options, cache=cache)
     report_cache(cache)
 
 

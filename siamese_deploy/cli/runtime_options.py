@@ -28,6 +28,8 @@ class RuntimeOptions:
     gpu_memory_mb: int | None
     cache: Path | None
     no_cache: bool
+    expect_digest: str | None
+    verify_key: Path | None
 
     def open_cache(self) -> EmbeddingCache | None:
         if self.no_cache:
@@ -42,10 +44,11 @@ class RuntimeOptions:
         return cache
 
     def open_verifier(self, cache: EmbeddingCache | None, *, throughput: bool = False) -> OnnxVerifier:
+        from siamese_deploy.bundle import read_bundle
         from siamese_deploy.runtime import OnnxVerifier
 
         return OnnxVerifier(
-            self.bundle,
+            read_bundle(self.bundle, expect_digest=self.expect_digest, verify_key=self.verify_key),
             provider=self.provider,
             threads=self.threads,
             throughput=throughput,
@@ -56,6 +59,12 @@ class RuntimeOptions:
         )
 
 
+EXPECT_DIGEST = click.option(
+    "--expect_digest", metavar="HEX", help="Refuse any other bundle than the one with this manifest_sha256."
+)
+VERIFY_KEY = click.option(
+    "--verify_key", type=PATH, help="Public key (PEM): refuse a bundle that its owner has not signed."
+)
 _OPTIONS = (
     click.option("-c", "--checkpoint", "bundle", required=True, type=PATH, help="Bundle folder."),
     click.option(
@@ -69,6 +78,8 @@ _OPTIONS = (
     click.option("--gpu_memory_mb", type=click.IntRange(1), help="Most that each graph may take on the GPU, in MiB."),
     click.option("--cache", type=PATH, help="Folder for embeddings of pictures seen before.  [default: the user's]"),
     click.option("--no_cache", is_flag=True, help="Neither read nor keep embeddings."),
+    EXPECT_DIGEST,
+    VERIFY_KEY,
 )
 
 

@@ -86,6 +86,7 @@ def test_a_builder_that_is_killed_is_an_environment_fault(tmp_path: Path) -> Non
 
 STAND_IN = """
 from pathlib import Path
+import siamese_deploy.bundle
 import siamese_deploy.runtime
 from siamese_deploy.engine_cache import default_engine_root, engine_folder
 from siamese_deploy.tensorrt import EngineKey
@@ -100,6 +101,7 @@ class Verifier:
                 if not folder.ready:
                     (folder.path / "x.engine").write_bytes(b"engine")
 
+siamese_deploy.bundle.read_bundle = lambda path, **_: path
 siamese_deploy.runtime.OnnxVerifier = Verifier
 """
 

@@ -336,7 +336,7 @@ def test_options_that_do_not_go_together(run: RunCommand, drawn: Path, checkpoin
         (("--triton", tmp_path / "bundle"), "is inside the bundle"),
     ):
         assert_refused(run(export_main, *base, *options), 2, words)
-    assert_refused(run(export_main, "--bundle", tmp_path), 2, "--bundle BUNDLE goes with --triton FOLDER")
+    assert_refused(run(export_main, "--bundle", tmp_path), 2, "--bundle BUNDLE goes with --triton FOLDER or --sign KEY")
     result = run(export_main, *base, "--precision", "fp16", *val)
     assert_refused(result, 3, "a false accept rate of 0.001 needs 10,000 pairs of different classes, got 540")
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""`siamese-train` and `siamese-train-eval`. torch is imported after the options are parsed."""
+"""`siamese-train`, `siamese-train-eval`, `siamese-train-bench`. torch is imported after the options are parsed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from siamese_deploy.cli.bench import bench_into, open_bundles
+from siamese_deploy.cli.bench_options import BenchOptions, bench_options
 from siamese_deploy.cli.command import PATH, Command
 from siamese_deploy.cli.eval import evaluate_into
 from siamese_deploy.cli.evaluation_options import EvaluationOptions, evaluation_options
@@ -16,6 +18,7 @@ from siamese_deploy.errors import needs_extra, one_line
 from siamese_train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from siamese_deploy.bench import Contender, Settings
     from siamese_deploy.verifier import Verifier
 
 
@@ -94,3 +97,25 @@ def train_eval_main(options: EvaluationOptions, checkpoint: Path, device: str) -
         return OnnxVerifier(folder)
 
     evaluate_into(open_verifier, open_bundle, options)
+
+
+@click.command(cls=Command, name="siamese-train-bench")
+@click.argument("bundles", type=PATH, nargs=-1, metavar="[BUNDLE...]")
+@bench_options
+@click.option("-c", "--checkpoint", required=True, type=PATH, help="Checkpoint file (.pth).")
+def train_bench_main(bundles: tuple[Path, ...], options: BenchOptions, checkpoint: Path) -> None:
+    """Measure PyTorch with a checkpoint, and each BUNDLE, as siamese bench does.
+
+    PyTorch's rows are eager, eager in channels-last, and torch.compile; on CUDA, with --provider cuda or tensorrt, also
+    automatic mixed precision. The exit codes are those of siamese bench.
+    """
+
+    def open_contenders(settings: Settings) -> list[Contender]:
+        with needs_extra("train"):
+            from siamese_train.bench import held_against, torch_contenders
+            from siamese_train.checkpoint import read_checkpoint
+        read = read_checkpoint(checkpoint)
+        contenders, evaluated = torch_contenders(read, settings)
+        return contenders + [held_against(read, evaluated, one) for one in open_bundles(bundles, settings)]
+
+    bench_into(open_contenders, options, libraries=("torch", "torchvision"))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from siamese_deploy.errors import MissingExtraError
 from siamese_deploy.gpu import gpu_identity
 from siamese_deploy.providers import import_onnxruntime, usable_cores
 
@@ -18,12 +20,15 @@ SAME_MACHINE = ("cpu", "cores", "threads", "gpu")
 _CLOCK = "sys/devices/system/cpu/cpu0/cpufreq"
 
 
-def describe_machine(threads: int | None, *, with_gpu: bool, root: Path = Path("/")) -> dict[str, Any]:
+def describe_machine(
+    threads: int | None, *, with_gpu: bool, libraries: Sequence[str] = (), root: Path = Path("/")
+) -> dict[str, Any]:
     """Facts by name, as in bench.json; null where the system does not say.
 
     Args:
         threads: as of `OnnxVerifier`.
         with_gpu: ask NVIDIA's driver, which loads its library into this process.
+        libraries: installed packages whose versions matter, too.
         root: where /proc, /sys and /var are.
     """
     gpu = gpu_identity() if with_gpu else None
@@ -42,10 +47,17 @@ def describe_machine(threads: int | None, *, with_gpu: bool, root: Path = Path("
         "load_1min": round(os.getloadavg()[0], 2),
         "versions": {
             "python": platform.python_version(),
-            "onnxruntime": str(import_onnxruntime().__version__),
-            **{name: metadata.version(name) for name in ("numpy", "pillow", "siamese-toolkit")},
+            "onnxruntime": _onnxruntime_version(),
+            **{name: metadata.version(name) for name in ("numpy", "pillow", "siamese-toolkit", *libraries)},
         },
     }
+
+
+def _onnxruntime_version() -> str | None:
+    try:
+        return str(import_onnxruntime().__version__)
+    except MissingExtraError:  # a checkpoint needs none, and a bundle's row says that it is missing
+        return None
 
 
 def _cpu_name(root: Path) -> str | None:

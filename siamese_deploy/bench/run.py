@@ -1,4 +1,4 @@
-"""Bundles x providers x scenarios -> rows; a row that fails says why, and the next one is measured."""
+"""Contenders x scenarios -> rows; a row that fails says why, and the next one is measured."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from siamese_deploy.bench.scenarios import (
     MULTI_STREAM_PAIRS,
     STAGES,
     Answer,
+    BenchVerifier,
     Query,
     Workload,
     cached_pairs,
@@ -26,12 +27,10 @@ from siamese_deploy.bench.scenarios import (
     single_stream,
 )
 from siamese_deploy.bench.timing import Window, measure, percentiles_ms
-from siamese_deploy.bundle import Bundle
 from siamese_deploy.errors import IntegrityError, SiameseError, one_line
 from siamese_deploy.image_folder import ImageFolder
 from siamese_deploy.pairs import Pairs
 from siamese_deploy.providers import usable_cores
-from siamese_deploy.runtime import OnnxVerifier
 
 Status = Literal["ok", "unstable", "wrong", "failed"]
 WORKED: tuple[Status, ...] = ("ok", "unstable")
@@ -41,7 +40,7 @@ WORKED: tuple[Status, ...] = ("ok", "unstable")
 class Settings:
     providers: tuple[str, ...] = ("cpu",)
     batches: tuple[int, ...] = ()
-    """Pictures in one run of the backbone, for Offline; none: the bundle's best batch."""
+    """Pictures in one run of the backbone, for Offline; none: the contender's best batch."""
     gallery_rows: tuple[int, ...] = (10**3, 10**4, 10**5, 10**6)
     min_seconds: float = 2.0
     """For each row, warm-up not counted."""
@@ -59,7 +58,7 @@ class Row:
     precision: str
     provider: str
     scenario: str
-    """SingleStream, MultiStream, Offline, cached pairs or identify; all: the bundle does not start."""
+    """SingleStream, MultiStream, Offline, cached pairs or identify; all: it does not start."""
     batch: int
     """SingleStream, MultiStream: pictures a query; Offline: pictures in one run; cached pairs: pairs a run; identify:
     rows of the gallery."""
@@ -80,6 +79,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Contender:
+    """What is measured: a network by one route. The first four fields name its rows."""
+
+    name: str
+    digest: str
+    precision: str
+    provider: str
+    best_batch: int
+    tolerance: float
+    """Largest difference of a score between a timed run and the evaluation, which runs other batch sizes."""
+    open: Callable[[int | None], BenchVerifier]
+    """Given the batch of Offline, or None for the other scenarios; what it cannot do is a SiameseError."""
+    runs_at_once: int = 1
+    """Batches that `embed` takes at a time in Offline."""
+    evaluate: Callable[[BenchVerifier, ImageFolder, Pairs], Workload] = make_workload
+    """The pairs with the scores that the timed runs must give; the verifier is the opened one."""
+    checkpoint: str = ""
+    """SHA-256 of the checkpoint that a bundle says it was exported from; "" if it says none."""
+
+
+@dataclass(frozen=True)
 class _Scenario:
     name: str
     batch: int
@@ -91,85 +111,60 @@ class _Scenario:
     """Opens and prepares what the queries need; given threads to load pictures in."""
 
 
-Say = Callable[[str], None]
-
-
 def run_benchmark(
-    bundles: Sequence[tuple[str, Bundle]],
+    contenders: Sequence[Contender],
     folder: ImageFolder,
     pairs: Pairs,
     settings: Settings,
     *,
-    say: Say = lambda _: None,
     show_progress: bool = False,
 ) -> Iterator[Row]:
     """The rows, each as soon as it is finished.
 
-    Args:
-        bundles: names to show, and the bundles.
-        say: is told in one line what takes long while TensorRT's engines are built.
-
     Raises:
         KeyboardInterrupt: between two queries.
     """
-    per_provider = 3 + len(settings.gallery_rows) + (len(settings.batches) or 1)
-    total = len(bundles) * len(settings.providers) * per_provider
-    with tqdm(total=total, unit="row", mininterval=0, disable=not show_progress) as progress:
-        for name, bundle in bundles:
-            for provider in settings.providers:
-                finished = 0
-                label = partial(Row, name, bundle.digest, bundle.manifest.precision, provider)
-                progress.set_description(one_line(f"{name} {provider}"))
-                for row in _rows(label, bundle, provider, folder, pairs, settings, say):
-                    yield row
-                    finished += 1
-                    progress.update()
-                progress.update(per_provider - finished)
+    rows_each = 3 + len(settings.gallery_rows) + (len(settings.batches) or 1)
+    with tqdm(total=len(contenders) * rows_each, unit="row", mininterval=0, disable=not show_progress) as progress:
+        for contender in contenders:
+            finished = 0
+            progress.set_description(one_line(f"{contender.name} {contender.provider}"))
+            for row in _rows(contender, folder, pairs, settings):
+                yield row
+                finished += 1
+                progress.update()
+            progress.update(rows_each - finished)
 
 
-def _rows(
-    label: Callable[..., Row],
-    bundle: Bundle,
-    provider: str,
-    folder: ImageFolder,
-    pairs: Pairs,
-    settings: Settings,
-    say: Say,
-) -> Iterator[Row]:
-    open_verifier = partial(OnnxVerifier, bundle, provider=provider, threads=settings.threads, say=say)
+def _rows(contender: Contender, folder: ImageFolder, pairs: Pairs, settings: Settings) -> Iterator[Row]:
+    label = partial(Row, contender.name, contender.digest, contender.precision, contender.provider)
     try:
-        verifier = open_verifier()
-        work = make_workload(verifier, folder, pairs)
+        verifier = contender.open(None)
+        work = contender.evaluate(verifier, folder, pairs)
     except (SiameseError, MemoryError) as error:
         yield label("all", 0, _status(error), _why(error))
         return
-    threads = settings.threads or usable_cores()
-    limit = tolerance(bundle, provider)
-    for scenario in _scenarios(open_verifier, verifier, work, threads, settings):
+    for scenario in _scenarios(contender, verifier, work, settings):
         try:
-            with ThreadPoolExecutor(threads) as pool:  # for each row its own: what is left to do ends with the row
-                row = label(scenario.name, scenario.batch, **_measured(scenario, pool, settings, limit))
+            # For each row its own threads: what is left to do ends with the row.
+            with ThreadPoolExecutor(settings.threads or usable_cores()) as pool:
+                row = label(scenario.name, scenario.batch, **_measured(scenario, pool, settings, contender.tolerance))
         except (SiameseError, MemoryError) as error:
             row = label(scenario.name, scenario.batch, _status(error), _why(error))
         yield row
 
 
 def _scenarios(
-    open_verifier: Callable[..., OnnxVerifier],
-    verifier: OnnxVerifier,
-    work: Workload,
-    threads: int,
-    settings: Settings,
+    contender: Contender, verifier: BenchVerifier, work: Workload, settings: Settings
 ) -> Iterator[_Scenario]:
     least, pairs = settings.min_queries, MULTI_STREAM_PAIRS
     yield _Scenario("SingleStream", 2, 2, 1, least, lambda _: single_stream(verifier, work))
     yield _Scenario("MultiStream", 2 * pairs, 2 * pairs, pairs, least, lambda pool: multi_stream(verifier, work, pool))
-    runs_at_once = threads if verifier.provider == "cpu" else 1
-    for batch in settings.batches or (verifier.bundle.manifest.batch[1],):
-        group = batch * runs_at_once
+    for batch in settings.batches or (contender.best_batch,):
+        group = batch * contender.runs_at_once
 
         def batched(pool: Executor, batch: int = batch, group: int = group) -> Query:
-            return offline(open_verifier(throughput=True, max_batch=batch), work, pool, group)
+            return offline(contender.open(batch), work, pool, group)
 
         yield _Scenario("Offline", batch, group, group / 2, 1, batched)
     yield _Scenario("cached pairs", CACHED_PAIRS, 0, CACHED_PAIRS, 1, lambda _: cached_pairs(verifier, work))
@@ -216,12 +211,6 @@ def _measured(scenario: _Scenario, pool: Executor, settings: Settings, limit: fl
         "windows": timing.windows,
         "score_difference": worst,
     }
-
-
-def tolerance(bundle: Bundle, provider: str) -> float:
-    """Largest difference of a score between a timed run and the evaluation, which runs other batch sizes."""
-    # Elsewhere another batch size may mean another kernel, and in 8 and 16 bits rounding that falls to the other side.
-    return 1e-6 if (provider, bundle.manifest.precision) == ("cpu", "fp32") else 1e-2
 
 
 def _status(error: BaseException) -> Status:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,7 @@ from siamese_deploy.errors import InputDataError
 from siamese_deploy.image_folder import ImageFolder
 from siamese_deploy.pairs import Pairs
 from siamese_deploy.preprocess import decode_bytes, load_image, read_picture_file, resize_image
-from siamese_deploy.runtime import OnnxVerifier
-from siamese_deploy.verifier import Embeddings, Images, Scores
+from siamese_deploy.verifier import Embeddings, Images, Scores, Verifier
 
 STAGES = ("read", "decode", "resize", "copy", "backbone", "head")
 MULTI_STREAM_PAIRS = 8
@@ -27,6 +27,18 @@ CACHED_PAIRS = 8192
 WORKING_SET_ROWS = 8192
 """Different rows of a synthetic gallery; a larger one goes over them again."""
 _GROUPS_AHEAD = 2
+
+
+class BenchVerifier(Verifier, Protocol):
+    """A verifier that can also keep a gallery where its head runs."""
+
+    def place(self, embeddings: Embeddings) -> Any:
+        """(P, dim) -> what `score_placed` takes, as often as one likes and without a copy."""
+        ...
+
+    def score_placed(self, left: Any, right: Any) -> Scores:
+        """As `score`, of what `place` gave."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,8 @@ class Workload:
     """(n_pairs, dim)"""
     expected: Scores
     """(n_pairs,)"""
+    score: Callable[[Embeddings, Embeddings], Scores]
+    """Of the verifier that evaluated them."""
 
     def __len__(self) -> int:
         return len(self.expected)
@@ -59,7 +73,7 @@ class Answer:
 Query = Callable[[int], Answer]
 
 
-def make_workload(verifier: OnnxVerifier, folder: ImageFolder, pairs: Pairs) -> Workload:
+def make_workload(verifier: Verifier, folder: ImageFolder, pairs: Pairs) -> Workload:
     """Score the pairs as an evaluation does, which also reads every file once; unreadable pictures are left out.
 
     Raises:
@@ -77,10 +91,11 @@ def make_workload(verifier: OnnxVerifier, folder: ImageFolder, pairs: Pairs) -> 
         embeddings.vectors[rows[pairs.left]],
         embeddings.vectors[rows[pairs.right]],
         np.concatenate([scores for _, scores in score_chunks(verifier, embeddings, pairs)]),
+        verifier.score,
     )
 
 
-def single_stream(verifier: OnnxVerifier, work: Workload) -> Query:
+def single_stream(verifier: Verifier, work: Workload) -> Query:
     """A pair: read, decode and resize two pictures in turn, embed them in one run, score them."""
     size_hw = verifier.preprocess.size_hw
 
@@ -109,7 +124,7 @@ def single_stream(verifier: OnnxVerifier, work: Workload) -> Query:
     return query
 
 
-def multi_stream(verifier: OnnxVerifier, work: Workload, threads: Executor) -> Query:
+def multi_stream(verifier: Verifier, work: Workload, threads: Executor) -> Query:
     """MULTI_STREAM_PAIRS pairs: their pictures are prepared by several threads, then embedded and scored together."""
 
     def load(path: Path) -> Images:
@@ -124,7 +139,7 @@ def multi_stream(verifier: OnnxVerifier, work: Workload, threads: Executor) -> Q
     return query
 
 
-def offline(verifier: OnnxVerifier, work: Workload, threads: Executor, group: int) -> Query:
+def offline(verifier: Verifier, work: Workload, threads: Executor, group: int) -> Query:
     """`group` pictures of an endless list of pairs; while they are embedded, threads prepare the next ones."""
     ahead: deque[list[Future[Images]]] = deque()
     submitted = scored = 0
@@ -152,18 +167,18 @@ def offline(verifier: OnnxVerifier, work: Workload, threads: Executor, group: in
     return query
 
 
-def cached_pairs(verifier: OnnxVerifier, work: Workload) -> Query:
+def cached_pairs(verifier: Verifier, work: Workload) -> Query:
     """CACHED_PAIRS pairs whose embeddings are in memory already."""
     pairs = np.arange(CACHED_PAIRS) % len(work)
     left, right, expected = work.left[pairs], work.right[pairs], work.expected[pairs]
     return lambda _number: Answer(verifier.score(left, right), expected)
 
 
-def identify(verifier: OnnxVerifier, work: Workload, n_rows: int) -> Query:
+def identify(verifier: BenchVerifier, work: Workload, n_rows: int) -> Query:
     """One embedding against `n_rows` rows, of which WORKING_SET_ROWS at most are different ones."""
     gallery = _synthetic_rows(work, min(n_rows, WORKING_SET_ROWS))
     whole, rest = divmod(n_rows, len(gallery))
-    expected = verifier.score(work.left[:1], gallery)
+    expected = work.score(work.left[:1], gallery)
     placed = verifier.place(gallery)
     chunks = [placed] * whole + ([verifier.place(gallery[:rest])] if rest else [])
 

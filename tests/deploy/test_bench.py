@@ -15,12 +15,11 @@ from conftest import write_files
 from PIL import Image
 
 from siamese_deploy import OnnxVerifier
-from siamese_deploy.bench import Row, Settings, run_benchmark
-from siamese_deploy.bench import run as bench_run
+from siamese_deploy.bench import Row, Settings, bundle_contenders, bundles, run_benchmark
+from siamese_deploy.bench.bundles import tolerance
 from siamese_deploy.bench.chart import chart_png
 from siamese_deploy.bench.machine import SAME_MACHINE, describe_machine
 from siamese_deploy.bench.regression import compare_with, read_baseline
-from siamese_deploy.bench.run import tolerance
 from siamese_deploy.bench.scenarios import STAGES, make_workload, offline, single_stream
 from siamese_deploy.bench.tables import bench_content, bench_json, markdown, table_lines
 from siamese_deploy.bench.timing import MOST_WINDOWS, Window, is_stable, measure, percentiles_ms
@@ -34,7 +33,8 @@ QUICK = Settings(min_seconds=0.02, gallery_rows=(10,))
 
 def rows_of(bundle: Path, pictures: Path, settings: Settings = QUICK) -> list[Row]:
     folder = scan_image_folder(pictures)
-    return list(run_benchmark([("tiny", read_bundle(bundle))], folder, sample_pairs(folder), settings))
+    contenders = bundle_contenders("tiny", read_bundle(bundle), settings)
+    return list(run_benchmark(contenders, folder, sample_pairs(folder), settings))
 
 
 def test_percentiles_are_numpys_of_the_values_that_occurred() -> None:
@@ -170,7 +170,7 @@ def doctored(n_pairs: int, error: float) -> type[OnnxVerifier]:
 def test_a_timed_run_with_other_scores_is_worth_nothing(
     scenario: str, n_pairs: int, error: float, pictures: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_run, "OnnxVerifier", doctored(n_pairs, error))
+    monkeypatch.setattr(bundles, "OnnxVerifier", doctored(n_pairs, error))
     rows = rows_of(tiny_bundle, pictures, replace(QUICK, min_seconds=0, threads=1))
     (row,) = (row for row in rows if row.status == "wrong")
     assert row.scenario == scenario

@@ -21,7 +21,7 @@ from conftest import RunCommand, assert_refused
 from PIL import Image
 
 from siamese_deploy import OnnxVerifier
-from siamese_deploy.bench import run as bench_run
+from siamese_deploy.bench import bundles
 from siamese_deploy.cli import main as siamese
 from siamese_deploy.verifier import Embeddings, Scores
 
@@ -113,7 +113,7 @@ class OffForOnePair(OnnxVerifier):
 def test_other_scores_than_the_evaluations_end_with_4(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_run, "OnnxVerifier", OffForOnePair)
+    monkeypatch.setattr(bundles, "OnnxVerifier", OffForOnePair)
     result = bench("-o", tmp_path / "out")
     assert_refused(result, 4, "1 rows are wrong", "SingleStream", "scores differ")
     assert [row["status"] == "wrong" for row in content(tmp_path / "out")["rows"]] == [True, *[False] * 4]

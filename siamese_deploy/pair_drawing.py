@@ -19,7 +19,7 @@ from siamese_deploy.evaluate import Evaluation
 from siamese_deploy.image_folder import ImageFolder
 from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.metrics import accepted
-from siamese_deploy.pair_picture import image_tile, missing_tile, pair_picture
+from siamese_deploy.pair_picture import image_tile, missing_tile, pair_picture, write_png
 from siamese_deploy.pairs import PairList, Pairs
 from siamese_deploy.providers import usable_cores
 from siamese_deploy.verifier import Scores, Verifier
@@ -138,7 +138,7 @@ class PairDrawing:
     def _save(self, number: int, score: float) -> None:
         pair = self._pairs.take(np.array([number]))
         picture = _draw(self._folder, pair, score, self._verifier.threshold, self._tile)
-        picture.save(self._staging / f"{number}.png", compress_level=1)
+        write_png(picture, self._staging / f"{number}.png")
 
 
 def _sides(pairs: Pairs) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

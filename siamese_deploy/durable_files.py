@@ -160,13 +160,19 @@ def locked_folder(path: Path) -> Iterator[None]:
     """Make the folder if it is missing and hold it alone; the lock is the kernel's and ends with the process.
 
     Raises:
-        UsageError: `path` or one of its parents is a file.
+        UsageError: `path` or one of its parents is a file, or it is the root of the file system or the home folder.
+        EnvironmentFault: no folder can be made there.
         BusyError: another process holds it.
     """
+    home = os.path.expanduser("~")
+    if os.path.realpath(path) in ("/", os.path.realpath(home) if os.path.isabs(home) else "/"):
+        raise UsageError(f"{path}: is {os.path.realpath(path)}, where no results belong; choose a folder in it")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"{path}: it or one of its parents is a file; expected a folder to write into") from error
+    except FileNotFoundError as error:  # in /proc and the like
+        raise EnvironmentFault(f"{path}: no folder can be made there; choose another place") from error
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:

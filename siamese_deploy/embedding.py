@@ -85,6 +85,16 @@ def embed_pictures(
             _keep(cache, verifier, to_keep)
 
 
+def require_signal(name: str, vector: Embeddings) -> None:
+    """Before a decision: the product with zeros is zero, so such a picture would be as like one person as another.
+
+    Raises:
+        IntegrityError: all numbers of the embedding are zero.
+    """
+    if not vector.any():
+        raise IntegrityError(f"{name}: the network gives an embedding of zeros, which tells nobody from another")
+
+
 @dataclass(frozen=True)
 class ImageEmbeddings:
     vectors: Embeddings

@@ -95,12 +95,14 @@ _MODULES_OF_EXTRA = {
     "train": ("torch", "torchvision", "tensorboard"),
     "export": ("torch", "torchvision", "tensorboard", "onnx", "onnx_ir", "onnxscript", "onnxruntime"),
     "check": ("imagehash", "scipy", "pywt"),
+    "sign": ("cryptography", "_cffi_backend"),
 }
 _PIP_EXTRA = {
     "cpu": "'siamese-toolkit[cpu]' (or [gpu] on a machine with an NVIDIA GPU; on a Jetson see docs/jetson.md)",
     "train": "'siamese-toolkit[train]'",
     "export": "'siamese-toolkit[export,cpu]'",
     "check": "'siamese-toolkit[check]'",
+    "sign": "'siamese-toolkit[sign]'",
 }
 
 
@@ -109,7 +111,7 @@ def needs_extra(extra: str) -> Iterator[None]:
     """Around imports of optional packages: a missing one becomes the pip command that installs it.
 
     Raises:
-        MissingExtraError: a package of `extra` ("cpu", "train", "export" or "check") is absent, or torch and
+        MissingExtraError: a package of `extra` ("cpu", "train", "export", "check" or "sign") is absent, or torch and
             torchvision are builds that do not fit together.
         EnvironmentFault: a package is installed and cannot be loaded.
     """

@@ -24,7 +24,7 @@ from siamese_deploy.bundle import (
     golden_image,
     read_bundle,
 )
-from siamese_deploy.embedding import embed_pictures
+from siamese_deploy.embedding import embed_pictures, require_signal
 from siamese_deploy.embedding_cache import EmbeddingCache
 from siamese_deploy.engine_cache import default_engine_root, engine_folder, prune_engines
 from siamese_deploy.errors import BundleError, ImageError, IntegrityError, ProviderError, UsageError
@@ -283,8 +283,11 @@ class OnnxVerifier:
             return list(binding.get_outputs())
 
         placed = run_session(run, EMBEDDINGS, {IMAGES: np.ascontiguousarray(images)}, self.provider)
-        if not np.isfinite(placed.numpy()).all():
+        embeddings = placed.numpy()
+        if not np.isfinite(embeddings).all():
             raise IntegrityError("the network gives no finite embedding (NaN or infinity)")
+        for embedding in embeddings:
+            require_signal("picture", embedding)
         return placed
 
     def score_placed(self, left: Any, right: Any) -> Scores:
@@ -321,7 +324,7 @@ class OnnxVerifier:
         Raises:
             ImageError: one of them cannot be used.
             UsageError: one of them is something else.
-            IntegrityError: the network gives no finite score.
+            IntegrityError: the network gives no finite score, or an embedding of zeros.
         """
         if self.provider != "cpu" and self.cache is None:
             return self._compare_placed(left, right)
@@ -330,6 +333,7 @@ class OnnxVerifier:
             for item in batch:
                 if item.vector is None:
                     raise ImageError(item.name, item.reason)
+                require_signal(item.name, item.vector)
                 vectors.append(item.vector)
         return float(self.score(vectors[0][None], vectors[1][None])[0])
 

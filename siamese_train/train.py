@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -111,6 +112,8 @@ def _train(config: TrainConfig, processes: Processes) -> None:
         _print_start(config, data, processes)
         for line in filter(None, map(quick_line, (train_folder, val_folder))):
             print(line, flush=True)
+        if config.train_path.resolve() == config.val_path.resolve():
+            print("training and validation pictures are the same: the figures say nothing of new ones", flush=True)
     skipped = _SkippedPictures(config.out_path / "skipped_pictures.csv")
     skipped.add(config.train_path, train_folder.skipped)
 
@@ -127,7 +130,8 @@ def _train(config: TrainConfig, processes: Processes) -> None:
                 for stale in config.out_path.glob(f".{name}.*.tmp"):  # of a killed run: the lock proves that none lives
                     stale.unlink()
             _write_json(config.out_path / "config.json", config.to_json())
-            summary = Summary(config.out_path / "summary", config, progress.epoch)
+            summary = _summary(config, progress.epoch)
+            _warn_of_little_space(config.out_path, learner)
 
         def save(name: str) -> None:
             run = {
@@ -245,7 +249,8 @@ def _train(config: TrainConfig, processes: Processes) -> None:
                     is_best = metrics["val_loss"] < progress.best_loss
                     progress.stale_epochs = 0 if is_best else progress.stale_epochs + 1
                     scalars = metrics | {"images_per_s": images_per_s}
-                    _if_possible(partial(summary.add, epoch, scalars, evaluation, with_pictures=is_best))
+                    if summary:
+                        _if_possible(partial(summary.add, epoch, scalars, evaluation, with_pictures=is_best))
                     progress.history.append({"epoch": epoch + 1, **metrics})
                     progress.validation = {
                         "val_pairs": len(evaluation.pairs),
@@ -271,7 +276,8 @@ def _train(config: TrainConfig, processes: Processes) -> None:
                 if stop:
                     print(f"stopped early: no lower validation loss for {config.early_stopping} epochs", flush=True)
                 save("last.pth")
-                summary.close()
+                if summary:
+                    _if_possible(summary.close)
 
 
 def _check_batches(config: TrainConfig, sampler: EpochSampler, folder: ImageFolder, n_processes: int) -> None:
@@ -377,6 +383,29 @@ def _if_possible(write: Callable[[], object]) -> bool:
         )
         return False
     return True
+
+
+def _summary(config: TrainConfig, first_epoch: int) -> Summary | None:
+    """None where TensorBoard's file cannot be made: metrics.jsonl has the figures too."""
+    try:
+        return Summary(config.out_path / "summary", config, first_epoch)
+    except OSError as error:
+        print(one_line(f"no TensorBoard summary: {error.filename or 'file'}: {error.strerror}"), file=sys.stderr)
+        return None
+
+
+def _warn_of_little_space(out_path: Path, learner: Learner) -> None:
+    """A checkpoint holds each weight and two moments; best.pth, last.pth and the one being written take room."""
+    needed = 3 * 3 * sum(tensor.nbytes for tensor in learner.model.state_dict().values())
+    free = shutil.disk_usage(out_path).free
+    if free < needed:
+        print(
+            one_line(
+                f"warning: {out_path}: {free / 2**20:,.0f} MiB free, and best.pth, last.pth and a temporary file take "
+                f"{needed / 2**20:,.0f} MiB; checkpoints that do not fit are not saved"
+            ),
+            file=sys.stderr,
+        )
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

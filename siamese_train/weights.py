@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -14,7 +16,7 @@ import torch
 import torchvision.models
 from torch import nn
 
-from siamese_deploy.errors import CheckpointError, EnvironmentFault, InputDataError
+from siamese_deploy.errors import CheckpointError, EnvironmentFault, InputDataError, one_line
 from siamese_train.model import SiameseNetwork
 
 
@@ -57,8 +59,11 @@ def load_initial_weights(model: SiameseNetwork, backbone: str, weights: str, emb
 def load_strictly(module: nn.Module, state: dict[str, Any], source: str) -> None:
     """module.load_state_dict with one-line errors that name what does not fit.
 
+    Weights of another floating-point type are converted, which is said on stderr.
+
     Raises:
-        CheckpointError: missing or unexpected keys, other shapes, or values that are no finite dense tensors.
+        CheckpointError: missing or unexpected keys, other shapes or kinds of number, or values that are no finite
+            dense tensors, also after the conversion.
     """
     require_finite(state, source)
     own = module.state_dict()
@@ -70,10 +75,21 @@ def load_strictly(module: nn.Module, state: dict[str, Any], source: str) -> None
             for key in own
             if key in state and state[key].shape != own[key].shape
         ],
+        "of another kind": [
+            f"{key} {state[key].dtype} instead of {own[key].dtype}"
+            for key in own
+            if key in state and state[key].is_floating_point() != own[key].is_floating_point()
+        ],
     }
     if any(differing.values()):
         lists = (f"{len(keys)} {what}: {_first(keys)}" for what, keys in differing.items() if keys)
         raise CheckpointError(f"{source}: weights of another network; {'; '.join(lists)}")
+    converted = [key for key in own if state[key].dtype != own[key].dtype]
+    if converted:
+        first = f"{converted[0]} from {state[converted[0]].dtype} to {own[converted[0]].dtype}"
+        print(one_line(f"{source}: converting {len(converted)} weights ({first}, ...)"), file=sys.stderr)
+        state = state | {key: state[key].to(own[key].dtype) for key in converted}
+        require_finite(state, source)  # what fits into float64 may be infinite in float32
     module.load_state_dict(state)
 
 
@@ -82,7 +98,8 @@ def require_finite(state: dict[str, Any], source: str) -> None:
     CheckpointError: a value is no dense tensor, or not finite.
     """
     for key, value in state.items():
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
+        is_tensor = isinstance(value, torch.Tensor)
+        if not is_tensor or value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_complex():
             raise CheckpointError(f"{source}: {key}: expected a dense tensor, got {type(value).__name__}")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{source}: {key} holds NaN or infinity; take an earlier checkpoint of the run")
@@ -137,10 +154,14 @@ def _as_the_network_names_them(state: dict[str, Any], network: nn.Module) -> dic
 def load_safely(path: Path, data: bytes) -> dict[str, Any]:
     """torch.load(weights_only=True) of a dictionary, onto the CPU; `data` are the bytes of the file `path`.
 
+    torch.save writes a zip file and torch.load does not look at its checksums, so a weight with a flipped bit would be
+    read as another weight; they are checked here.
+
     Raises:
         CheckpointError: not a file of torch.save, damaged, or one that holds more than plain data.
     """
     try:
+        _check_sums(data)
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except MemoryError:
         raise
@@ -150,3 +171,13 @@ def load_safely(path: Path, data: bytes) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: is no checkpoint (expected a dictionary, got {type(content).__name__})")
     return content
+
+
+def _check_sums(data: bytes) -> None:
+    """Raises:
+    ValueError, zipfile.BadZipFile: a record of the zip file does not match its checksum.
+    """
+    if zipfile.is_zipfile(io.BytesIO(data)):  # before PyTorch 1.6 it was none, and had no checksums
+        with zipfile.ZipFile(io.BytesIO(data)) as records:
+            if damaged := records.testzip():
+                raise ValueError(f"{damaged} does not match its checksum")

@@ -91,6 +91,8 @@ class Command(click.Command):
                 _fail(ctx, f"{error.filename}: {error.strerror}", 2)
             if str(error).startswith("DataLoader worker"):
                 _fail(ctx, f"a loading process died ({error}); use fewer --workers, and --resume to go on", 5)
+            if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+                _fail(ctx, "no further thread can be started; allow more memory or processes (ulimit -v, -u)", 5)
             # torch's, known by name and text because torch may be absent
             if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
                 _fail(

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from siamese_deploy.embedding import EmbeddedPicture, embed_pictures
+from siamese_deploy.embedding import EmbeddedPicture, embed_pictures, require_signal
 from siamese_deploy.errors import ImageError, InputDataError, UsageError
 from siamese_deploy.gallery.store import GalleryStore, Group, Rows, Snapshot, StoredPicture
 from siamese_deploy.image_folder import ImageFolder, SkippedFile
@@ -255,6 +255,7 @@ class Gallery:
         for batch in embed_pictures(self.verifier, (picture,), cache=self.verifier.cache):
             for item in batch:
                 if item.vector is not None:
+                    require_signal(item.name, item.vector)
                     return item.vector
                 raise ImageError(item.name, item.reason)
         raise AssertionError("one picture in, one out")
@@ -355,6 +356,8 @@ def _group(name: str, items: list[EmbeddedPicture], enrolment: Enrolment) -> lis
         if not item.sha256:  # of a Pillow image or an array: of its pixels
             rgb = decode_image(item.picture)
             item.sha256 = hashlib.sha256(b"RGB %d %d " % rgb.size + rgb.tobytes()).digest()
+        if item.vector is not None:
+            require_signal(item.name, item.vector)
     pictures = [StoredPicture(name, item.sha256, _source(item)) for item in readable]
     return [Group(name, pictures, np.stack([item.vector for item in readable if item.vector is not None]))]
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 
 def in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -47,3 +48,35 @@ def print_machine(*packages: str) -> None:
     print(f"{cpu[1] if cpu else platform.machine()}, {cores} cores, Python {platform.python_version()}")
     print(", ".join(f"{name} {metadata.version(name)}" for name in packages))
     print(f"commit {commit}, {time.strftime('%Y-%m-%d')}", flush=True)
+
+
+class Ratio(NamedTuple):
+    what: str
+    value: float
+    at_least: float | None = None
+    """Promised; None where nothing is."""
+    at_most: float | None = None
+
+    @property
+    def promised(self) -> str:
+        bounds = (("at least", self.at_least), ("at most", self.at_most))
+        return " and ".join(f"{word} {bound:,g}" for word, bound in bounds if bound is not None) or "nothing"
+
+    @property
+    def is_kept(self) -> bool:
+        return (self.at_least is None or self.value >= self.at_least) and (
+            self.at_most is None or self.value <= self.at_most
+        )
+
+
+def print_ratios(title: str, ratios: Sequence[Ratio]) -> None:
+    rows = [(what.what, f"{what.value:,.{0 if what.value >= 100 else 2}f}", what.promised) for what in ratios]
+    print_table(title, ("what", "ratio", "promised"), rows)
+
+
+def require_kept(ratios: Sequence[Ratio]) -> None:
+    """To be called once everything is printed; exits with 1 where a promise is not kept."""
+    for ratio in ratios:
+        if not ratio.is_kept:
+            print(f"NOT KEPT: {ratio.what}: {ratio.value:,.3f}, promised {ratio.promised}", flush=True)
+    assert all(ratio.is_kept for ratio in ratios)

@@ -7,10 +7,10 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing.pool import MapResult, ThreadPool
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ _BATCHES_AHEAD = 2
 _KEEP_AT_ONCE = 256
 
 T = TypeVar("T")
+_Work: TypeAlias = "list[Future[None]]"
 
 
 @dataclass
@@ -202,16 +203,21 @@ def _read_and_decoded(
                 item.from_cache = item.vector is not None
         return [item for item in batch if item.vector is None and not item.reason]
 
-    with ThreadPool(usable_cores()) as threads:
+    # Starts a thread when there is work for it: one picture pays for one.
+    threads = ThreadPoolExecutor(usable_cores())
 
-        def start_decoding(batch: list[EmbeddedPicture]) -> tuple[list[EmbeddedPicture], MapResult[None]]:
-            return batch, threads.map_async(decode, look_up(batch), chunksize=1)
+    def start(work: Callable[[EmbeddedPicture], None], items: list[EmbeddedPicture]) -> _Work:
+        return [threads.submit(work, item) for item in items]
 
-        read: deque[tuple[list[EmbeddedPicture], MapResult[None]]] = deque()
-        decoded: deque[tuple[list[EmbeddedPicture], MapResult[None]]] = deque()
-        batches = ([EmbeddedPicture(_loaded(picture)) for picture in batch] for batch in _batched(pictures, BATCH_SIZE))
-        for batch in batches:
-            read.append((batch, threads.map_async(_read, batch, chunksize=1)))
+    def start_decoding(batch: list[EmbeddedPicture]) -> tuple[list[EmbeddedPicture], _Work]:
+        return batch, start(decode, look_up(batch))
+
+    read: deque[tuple[list[EmbeddedPicture], _Work]] = deque()
+    decoded: deque[tuple[list[EmbeddedPicture], _Work]] = deque()
+    try:
+        for part in _batched(pictures, BATCH_SIZE):
+            batch = [EmbeddedPicture(_loaded(picture)) for picture in part]
+            read.append((batch, start(_read, batch)))
             if len(read) > 1:
                 decoded.append(start_decoding(_finished(*read.popleft())))
             if len(decoded) > _BATCHES_AHEAD:
@@ -219,6 +225,8 @@ def _read_and_decoded(
         decoded.extend(start_decoding(_finished(*waiting)) for waiting in read)
         for waiting in decoded:
             yield _finished(*waiting)
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _loaded(picture: Picture) -> Picture:
@@ -241,8 +249,9 @@ def _read(item: EmbeddedPicture) -> None:
         item.sha256 = hashlib.sha256(item.data).digest()
 
 
-def _finished(batch: list[EmbeddedPicture], work: MapResult[None]) -> list[EmbeddedPicture]:
-    work.get()
+def _finished(batch: list[EmbeddedPicture], work: _Work) -> list[EmbeddedPicture]:
+    for part in work:
+        part.result()
     return batch
 
 

@@ -8,8 +8,8 @@ would take by these figures.
     python benchmarks/scaling.py plan                          print what docs/scaling.md shows, from scaling.json
     python benchmarks/scaling.py plan --write docs/scaling.md  put it there; --check fails if it differs
 
-An untrained resnet18 on drawn pictures, on the CPU. Every point is the median of at least three; for pictures, pairs and
-rows each is a process of its own, so that its memory can be measured too. Outputs are compared over all sizes.
+An untrained resnet18 on drawn pictures, on the CPU. Every point is the median of at least three; for pictures, pairs
+and rows each is a process of its own, so that its memory can be measured too. Outputs are compared over all sizes.
 """
 
 from __future__ import annotations

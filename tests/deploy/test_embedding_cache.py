@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.testing  # now, and not by a thread while another one forks: a child of that moment would wait for ever
 import pytest
 from conftest import RunCommand, assert_refused
 from hypothesis import given, settings

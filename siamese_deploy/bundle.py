@@ -331,6 +331,7 @@ def _parse_manifest(path: Path, text: bytes) -> tuple[Manifest, dict[str, str], 
 
 
 def _manifest_from(value: dict[str, Any]) -> Manifest:
+    _typed(value, "format", str)  # which one was looked at before the hash
     pre, batch, threshold, golden = (_typed(value, key, dict) for key in ("preprocess", "batch", "threshold", "golden"))
     size_hw = _typed(pre, "size_hw", list)
     if len(size_hw) != 2 or not all(type(side) is int and side > 0 for side in size_hw):

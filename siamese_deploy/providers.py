@@ -47,6 +47,8 @@ _SESSION_CONFIG = {
     "session.load_model_format": "ONNX",
 }
 _LARGE_GRAPH_BYTES = 2**30
+# In ONNX Runtime's messages: the machine has no more to give, whatever the graph.
+_OUT_OF_RESOURCES = ("pthread_create failed", "bad_alloc", "bad allocation", "Failed to allocate memory")
 _QUIET = threading.RLock()
 _LIBRARY = {"cuda": "libonnxruntime_providers_cuda.so", "tensorrt": "libonnxruntime_providers_tensorrt.so"}
 
@@ -111,7 +113,7 @@ def open_session(
     ort = import_onnxruntime()
     require_compiled_in(provider)
     session_options = ort.SessionOptions()
-    session_options.log_severity_level = 3
+    session_options.log_severity_level = 4  # what it logs as an error it also raises, and then it is one line of ours
     # Explicit, because ONNX Runtime otherwise pins threads to cores that may be offline (Jetson power modes).
     session_options.intra_op_num_threads = threads or usable_cores()
     for key, value in _SESSION_CONFIG.items():
@@ -137,6 +139,11 @@ def open_session(
         except Exception as error:  # ONNX Runtime raises its own kinds, RuntimeError and UnicodeDecodeError
             if provider != "cpu" and _why_unavailable(provider):
                 raise ProviderError(_refusal(provider)) from error
+            if any(words in str(error) for words in _OUT_OF_RESOURCES):
+                raise ProviderError(
+                    f"provider {provider}: ONNX Runtime {ort.__version__} cannot open {name}: {_line(error)}; free "
+                    "memory, or use fewer --threads"
+                ) from error
             kind = ProviderError if provider != "cpu" else BundleError
             raise kind(f"{name}: ONNX Runtime {ort.__version__} refuses it on {provider}: {_line(error)}") from error
     if session.get_providers()[0] != ORT_NAMES[provider]:

@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -91,6 +91,8 @@ class Command(click.Command):
                 _fail(ctx, f"{error.filename}: {error.strerror}", 2)
             if str(error).startswith("DataLoader worker"):
                 _fail(ctx, f"a loading process died ({error}); use fewer --workers, and --resume to go on", 5)
+            if isinstance(error, ImportError) and ".so" in str(error):  # no memory or no descriptor left for a library
+                _fail(ctx, f"a library cannot be loaded: {error}; free memory, or install its package again", 5)
             if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
                 _fail(ctx, "no further thread can be started; allow more memory or processes (ulimit -v, -u)", 5)
             # torch's, known by name and text because torch may be absent
@@ -110,7 +112,7 @@ def usage_errors_on_one_line(name: str | None) -> Iterator[None]:
         yield
     except click.UsageError as error:
         name = error.ctx.command_path if error.ctx else name
-        click.echo(f"{name}: {one_line(error.format_message())} (see {name} --help)", err=True)
+        _tell(f"{name}: {one_line(error.format_message())} (see {name} --help)")
         sys.exit(error.exit_code)
 
 
@@ -128,9 +130,16 @@ def _fail(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
     if ctx.meta.get("siamese.debug"):
         import traceback
 
-        traceback.print_exc()
-    click.echo(f"{ctx.command_path}: {one_line(message)}", err=True)
+        with suppress(OSError):
+            traceback.print_exc()
+    _tell(f"{ctx.command_path}: {one_line(message)}")
     sys.exit(exit_code)
+
+
+def _tell(line: str) -> None:
+    """On stderr; where nothing can be written to it, the exit code says it alone."""
+    with suppress(OSError):
+        click.echo(line, err=True)
 
 
 def _terminated(_signal: int, _frame: object) -> NoReturn:

@@ -139,8 +139,11 @@ def list_command(gallery: Path, as_json: bool) -> None:
 @click.argument("name", nargs=-1, required=True)
 def remove(gallery: Path, name: tuple[str, ...]) -> None:
     """Remove identities from GALLERY: all that are named, or none. Their embeddings are overwritten on the disk."""
+    from siamese_deploy.gallery import check_name
     from siamese_deploy.gallery.store import GalleryStore
 
+    for one in name:
+        check_name(one)
     count = GalleryStore(gallery).remove(name)
     click.echo(f"removed: {count} pictures of {len(set(name))} identities")
 

@@ -209,9 +209,10 @@ class Gallery:
         """Remove identities, all of them or none; returns the number of their pictures.
 
         Raises:
+            UsageError: one of them is no valid name.
             InputDataError: one of them is not enrolled.
         """
-        return self.store.remove(names)
+        return self.store.remove([check_name(name) for name in names])
 
     def identify(
         self,

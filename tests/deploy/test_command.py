@@ -36,6 +36,13 @@ def failing(error: BaseException) -> click.Command:
         (MemoryError(), 5, "out of memory"),
         (OutOfMemoryError(), 5, "out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 5, "out of memory"),
+        (RuntimeError("can't start new thread"), 5, "no further thread can be started"),
+        (
+            ImportError("libzstd.so.1: failed to map segment from shared object"),
+            5,
+            "a library cannot be loaded: libzstd",
+        ),
+        (ImportError("cannot import name 'x' from 'y'"), 70, "internal error: ImportError"),
         (OSError(errno.ENOSPC, "No space left on device", "file"), 5, "file: No space left"),
         (PermissionError(errno.EACCES, "Permission denied", "a\nb"), 5, "a\\nb: Permission denied"),
         (ValueError("surprise\nin two lines"), 70, "internal error: ValueError"),

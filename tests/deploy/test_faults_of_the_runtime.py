@@ -25,7 +25,7 @@ from PIL import Image
 from tiny_bundle import DIM, SIZE_HW, make_bundle
 
 from siamese_deploy import Gallery, OnnxVerifier
-from siamese_deploy.bundle import BACKBONE, HEAD, MANIFEST, read_bundle
+from siamese_deploy.bundle import HEAD, MANIFEST, read_bundle
 from siamese_deploy.cli import main as siamese
 from siamese_deploy.embedding_cache import EmbeddingCache
 from siamese_deploy.errors import BundleError, IntegrityError, ProviderError
@@ -269,7 +269,8 @@ for number in range(int(sys.argv[2])):
     name = chance.choice(("backbone", "head"))
     graph = bytearray(getattr(bundle, name))
     for _ in range(chance.choice((1, 1, 2, 5))):
-        graph[chance.randrange(len(graph) if chance.random() < 0.3 else min(len(graph), 900))] ^= 1 << chance.randrange(8)
+        limit = len(graph) if chance.random() < 0.3 else min(len(graph), 900)
+        graph[chance.randrange(limit)] ^= 1 << chance.randrange(8)
     graph = bytes(graph[: chance.randrange(len(graph)) if chance.random() < 0.1 else None])
     try:
         if number % 2:  # the other half as if nobody had looked at it before

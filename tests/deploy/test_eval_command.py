@@ -35,7 +35,7 @@ def results(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {**contents(folder)}
     metrics = json.loads((folder / "metrics.json").read_text())
     del metrics["run"], found["report.html"]
-    return found | {"metrics.json": metrics}
+    return found | {"metrics.json": json.dumps(metrics)}  # their order too
 
 
 def test_writes_metrics_pairs_and_a_picture_for_each(
@@ -85,14 +85,19 @@ def test_twice_gives_the_same_bytes_and_seeds_differ(
 
 def test_the_same_everywhere_and_with_every_hash_seed(pictures: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     found = []
-    for hash_seed in ("0", "1", "4294967295"):
+    cache = ["--cache", str(tmp_path / "cache")]
+    # Also on one thread, on three, and with embeddings that the first process has kept.
+    how = {"0": [*cache, "--threads", "1"], "1": ["--no_cache", "--threads", "3"], "4294967295": cache}
+    for hash_seed, options in how.items():
         elsewhere = tmp_path / f"elsewhere{hash_seed}"
         shutil.copytree(pictures, elsewhere / "pictures")
         command = [Path(sys.executable).with_name("siamese-eval"), "-v", "pictures", "-o", "out", "-c", tiny_bundle]
-        command += ["--pairs", "all", "--images", "errors", "--provider", "cpu", "--no_cache"]
-        subprocess.run(
-            [str(part) for part in command], cwd=elsewhere, check=True, env=os.environ | {"PYTHONHASHSEED": hash_seed}
-        )
+        command += ["--pairs", "all", "--images", "errors", "--provider", "cpu", *options]
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        output = subprocess.run(
+            [str(part) for part in command], cwd=elsewhere, check=True, env=environment, stdout=subprocess.PIPE
+        ).stdout
+        assert (b"from the cache: 16 of 16" in output) == (hash_seed == "4294967295")
         found.append(results(elsewhere / "out"))
     assert found[0] == found[1] == found[2]
     assert any(name.endswith(".png") for name in found[0])

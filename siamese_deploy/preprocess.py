@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from siamese_deploy.errors import ImageError, UsageError
 
@@ -24,6 +24,8 @@ MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
 MIN_SIDE_PIXELS = 8
 ALPHA_BACKGROUND = (128, 128, 128)
+# Conversion goes by way of several copies; those of a strip are small.
+_PIXELS_AT_ONCE = 2**20
 
 Picture: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
 """What can be embedded: the path of a picture file, the bytes of one, a Pillow image, or a uint8 array (H, W, 3) RGB
@@ -145,7 +147,10 @@ def _checked_rgb(name: str, image: Image.Image) -> Image.Image:
     if min(width, height) < MIN_SIDE_PIXELS:
         raise ImageError(name, f"too small: {width}x{height} pixels, at least {MIN_SIDE_PIXELS} a side")
     image.load()
-    return _to_rgb(name, _upright(image))
+    rgb = _to_rgb(name, image)
+    rgb.info = image.info  # where the orientation is
+    image.close()  # its pixels: of the largest picture, every copy is 200 MB
+    return _upright(rgb)
 
 
 def _guarded(name: str, data: bytes, decode: Callable[[], Image.Image]) -> Image.Image:
@@ -159,17 +164,30 @@ def _guarded(name: str, data: bytes, decode: Callable[[], Image.Image]) -> Image
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+        return ImageOps.exif_transpose(image) if turned else image
     except Exception:  # damaged EXIF data never costs the picture
         return image
 
 
 def _to_rgb(path: str, image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise ImageError(path, f"pixels of type {image.mode} have no defined range; save it with 8 or 16 bits")
+    width, height = image.size
+    rows = max(1, _PIXELS_AT_ONCE // width)
+    if height <= rows or (image.mode == "RGB" and not image.has_transparency_data):
+        return _strip_to_rgb(image)
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        rgb.paste(_strip_to_rgb(strip), (0, top))
+    return rgb
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint32)
         return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ImageError(path, f"pixels of type {image.mode} have no defined range; save it with 8 or 16 bits")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         background = Image.new("RGBA", layer.size, (*ALPHA_BACKGROUND, 255))

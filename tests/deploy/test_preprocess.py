@@ -109,6 +109,20 @@ def test_other_modes_are_converted(tmp_path: Path, mode: str) -> None:
     assert np.asarray(decode_image(path)).min() >= 250
 
 
+@pytest.mark.parametrize("mode", ["LA", "P", "I;16", "CMYK", "RGBA"])
+def test_a_large_picture_is_converted_as_its_parts_are(mode: str) -> None:
+    random = np.random.RandomState(0)
+    if mode == "I;16":
+        image = Image.fromarray(random.randint(0, 2**16, (1500, 1700)).astype(np.uint16))
+    else:
+        image = Image.fromarray(random.randint(0, 256, (1500, 1700, 4)).astype(np.uint8), "RGBA")
+        image = image if mode == "RGBA" else image.convert("RGB").convert(mode)
+    if mode == "P":
+        image.info["transparency"] = 3
+    box = (0, 500, 1700, 720)  # small enough to be converted at once, and across a border of the large one's strips
+    assert decode_image(image).crop(box).tobytes() == decode_image(image.crop(box)).tobytes()
+
+
 def test_first_frame_of_an_animation(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (20, 20), colour) for colour in (RED, GREEN)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])

@@ -20,7 +20,11 @@ from siamese_deploy.errors import ImageError
 from siamese_deploy.preprocess import MIN_SIDE_PIXELS, Preprocess, decode_image, load_image, resize_image
 
 SIZE_HW = (24, 32)
-_SIDES = (1, 7, 8, 9, 4096, 7000, 7071, 7072, 16383, 16384, 30000, 65500, 65535, 2**31 - 1)
+# Just inside the limits, and beyond them.
+_SIZES = (
+    (7071, 7071), (50_000, 1000), (8, 65_535), (16_383, 3051), (65_500, 763), (7072, 7071), (13_000, 13_000),
+    (2**31 - 1, 1), (2**31 - 1, 2**31 - 1), (2**32 - 1, 9), (0, 9), (1, 9000), (65_535, 65_535),
+)  # fmt: skip
 _STRANGERS = (
     b"", b"\0" * 100, b"<!DOCTYPE html><html><body>404</body></html>", b"PK\x03\x04" + b"\0" * 60, b"%PDF-1.7\n%",
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"8BPS\0\1" + b"\0" * 40, b"<svg xmlns='x'/>", b"GIF89a",
@@ -40,7 +44,9 @@ def _pattern(random: np.random.RandomState, mode: str) -> Image.Image:
     image = Image.fromarray(random.randint(0, 256, (height, width, 4)).astype(np.uint8), "RGBA")
     if random.randint(2):
         image = image.filter(ImageFilter.BLUR)
-    return image.convert("RGB").convert(mode) if mode in ("P", "1", "L", "CMYK", "YCbCr", "LAB") else image.convert(mode)
+    return (
+        image.convert("RGB").convert(mode) if mode in ("P", "1", "L", "CMYK", "YCbCr", "LAB") else image.convert(mode)
+    )
 
 
 def exif(random: np.random.RandomState) -> bytes:
@@ -137,8 +143,10 @@ def _bmp(random: np.random.RandomState) -> bytes:
     runs = b"".join(bytes([random.randint(0, 9), random.randint(256)]) for _ in range(random.randint(80))) + b"\0\1"
     size, start = 14 + 40 + 1024 + len(runs), 14 + 40 + 1024
     head = struct.pack("<2sLLL", b"BM", size, 0, start)
-    return head + struct.pack("<LllHHLLllLL", 40, 12, 12, 1, depth, 3 - depth // 4, len(runs), 0, 0, 256, 0) + (
-        random.bytes(1024) + runs
+    return (
+        head
+        + struct.pack("<LllHHLLllLL", 40, 12, 12, 1, depth, 3 - depth // 4, len(runs), 0, 0, 256, 0)
+        + (random.bytes(1024) + runs)
     )
 
 
@@ -214,10 +222,16 @@ def _with_other_png_chunk(random: np.random.RandomState, data: bytes) -> bytes:
 
 
 def _with_other_size(random: np.random.RandomState, data: bytes) -> bytes:
-    """Another width or height in the header; rarely one that makes the decoder work for it."""
-    side = int(_SIDES[random.randint(len(_SIDES))]) if random.randint(20) == 0 else int(random.randint(1, 300))
+    """Another width or height in the header; rarely both, and so large that the decoder has to work for it."""
+    if random.randint(20) == 0:
+        for second, side in enumerate(_SIZES[random.randint(len(_SIZES))]):
+            data = _with_side(random, data, second, side)
+        return data
+    return _with_side(random, data, random.randint(2), int(random.randint(1, 300)))
+
+
+def _with_side(random: np.random.RandomState, data: bytes, second: int, side: int) -> bytes:
     changed = bytearray(data)
-    second = random.randint(2)
     if data.startswith(b"\x89PNG"):
         struct.pack_into(">L", changed, 16 + 4 * second, side)
         struct.pack_into(">L", changed, 29, zlib.crc32(changed[12:29]))
@@ -230,7 +244,7 @@ def _with_other_size(random: np.random.RandomState, data: bytes) -> bytes:
         if at + 4 <= len(data):
             struct.pack_into("<H", changed, at + 2 * second, side % 2**16)
     elif data.startswith(b"BM"):
-        struct.pack_into("<l", changed, 18 + 4 * second, side * (-1 if random.randint(4) == 0 else 1))
+        struct.pack_into("<L", changed, 18 + 4 * second, side if random.randint(4) else 2**32 - max(side, 1))
     elif data.startswith(b"RIFF"):
         at = {b"VP8 ": 26, b"VP8L": 21, b"VP8X": 24}.get(data[12:16], 24)
         struct.pack_into("<H", changed, at + 2 * second, side % 2**16)
@@ -329,9 +343,47 @@ class Pictures(Target):
 
 
 def _checked(image: Image.Image) -> Image.Image:
-    pixels = np.asarray(image)
     assert image.mode == "RGB"
-    assert pixels.dtype == np.uint8
-    assert pixels.shape == (image.height, image.width, 3)
     assert min(image.size) >= MIN_SIDE_PIXELS
     return image
+
+
+def _large(mode: str, format_name: str, **options: object) -> Callable[[], bytes]:
+    return lambda: _saved(Image.new(mode, (7071, 7071)), format_name, **options)
+
+
+_SIDEWAYS = b"Exif\0\0II*\0" + struct.pack("<LHHHLHHL", 8, 1, 0x0112, 3, 1, 6, 0, 0)
+LARGE: dict[str, Callable[[], bytes]] = {
+    "PNG 1": _large("1", "PNG"),
+    "PNG L": _large("L", "PNG"),
+    "PNG I;16": _large("I;16", "PNG"),
+    "PNG LA": _large("LA", "PNG", compress_level=1),
+    "PNG P transparent": _large("P", "PNG", transparency=0),
+    "PNG RGB": _large("RGB", "PNG", compress_level=1),
+    "PNG RGBA": _large("RGBA", "PNG", compress_level=1),
+    "PNG RGB sideways": _large("RGB", "PNG", compress_level=1, exif=_SIDEWAYS[6:]),
+    "JPEG L": _large("L", "JPEG"),
+    "JPEG RGB": _large("RGB", "JPEG"),
+    "JPEG RGB progressive sideways": _large("RGB", "JPEG", progressive=True, subsampling=0, exif=_SIDEWAYS),
+    "JPEG CMYK": _large("CMYK", "JPEG"),
+    "WEBP RGB": _large("RGB", "WEBP", lossless=True, method=0, quality=0),
+    "WEBP RGBA": _large("RGBA", "WEBP", lossless=True, method=0, quality=0),
+    "GIF": _large("L", "GIF"),
+    "GIF transparent": _large("P", "GIF", transparency=0),
+    "TIFF RGB lzw": _large("RGB", "TIFF", compression="tiff_lzw"),
+    "TIFF RGBA deflate": _large("RGBA", "TIFF", compression="tiff_adobe_deflate"),
+    "TIFF CMYK jpeg": _large("CMYK", "TIFF", compression="jpeg"),
+    "TIFF 1 group4": _large("1", "TIFF", compression="group4"),
+    "TIFF LAB deflate": _large("LAB", "TIFF", compression="tiff_adobe_deflate"),
+}
+"""Small files of as many pixels as are accepted."""
+
+
+class LargePictures(Pictures):
+    """The most pixels that are accepted, in each kind of file."""
+
+    memory_mib = 896  # a WebP lies in libwebp's own canvases too, a progressive JPEG's coefficients in libjpeg's memory
+    seconds = 5.0
+
+    def make(self, random: np.random.RandomState, number: int) -> bytes:
+        return list(LARGE.values())[number]()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fuzz.driver import assert_clean, fuzz, inputs
-from fuzz.pictures import MAKERS
+from fuzz.pictures import LARGE, MAKERS
 
 
 def test_a_thousand_pictures_are_decoded_or_refused_with_a_reason(tmp_path: Path) -> None:
@@ -19,6 +19,13 @@ def test_a_thousand_pictures_are_decoded_or_refused_with_a_reason(tmp_path: Path
 @pytest.mark.slow
 def test_many_pictures_are_decoded_or_refused_with_a_reason(tmp_path: Path) -> None:
     assert_clean(fuzz("pictures:Pictures", tmp_path, inputs(20_000), seed=2))
+
+
+@pytest.mark.slow
+def test_the_largest_pictures_are_decoded_within_the_limits(tmp_path: Path) -> None:
+    report = fuzz("pictures:LargePictures", tmp_path, len(LARGE))
+    assert_clean(report)
+    assert set(report.outcomes) == {"decoded"}
 
 
 def test_an_exception_that_is_let_through_is_noticed(tmp_path: Path) -> None:

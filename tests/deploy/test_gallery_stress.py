@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import gallery_load
 import numpy as np
 import pytest
+from gallery_load import NAMES, Operation, explain, picture
 
+from siamese_deploy import OnnxVerifier
 from siamese_deploy.gallery.store import GalleryStore
 
 KILLS = int(os.environ.get("SIAMESE_KILLS", "300"))
+PROCESSES = int(os.environ.get("SIAMESE_PROCESSES", "8"))
 OPERATIONS = int(os.environ.get("SIAMESE_OPERATIONS", "200"))
+"""Of each process."""
 
 _WRITER = """
 import sys
@@ -93,63 +102,92 @@ def test_many_killed_enrolments(tmp_path: Path) -> None:
     _kill_writers(tmp_path / "gallery", KILLS)
 
 
-_CLIENT = """
-import random, sys
-from pathlib import Path
-import numpy as np
-from siamese_deploy import Gallery, OnnxVerifier
-folder, bundle, who, operations = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-verifier = OnnxVerifier(bundle, provider="cpu", threads=1)
-gallery = Gallery(folder, verifier, create=True)
-chance = random.Random(who)
-mine = {}  # name -> picture
-def picture(number):
-    return np.random.RandomState(who * 1_000_000 + number).randint(0, 256, (24, 32, 3)).astype(np.uint8)
-for number in range(operations):
-    what = chance.choice(("enrol", "remove", "identify", "identify"))
-    if what == "enrol" or not mine:
-        name = f"{who}-{number}"
-        mine[name] = picture(number)
-        assert gallery.enrol(name, [mine[name]], doubles=False).pictures == 1
-    elif what == "remove" and len(mine) > 10:
-        name = chance.choice(sorted(mine))
-        assert gallery.remove(name) == 1
-        del mine[name]
-    else:
-        name = chance.choice(sorted(mine))
-        found = gallery.identify(mine[name], top=10_000)
-        assert found.damaged == 0
-        scores = {candidate.name: candidate.score for candidate in found.candidates}
-        assert scores[name] == verifier.compare(mine[name], mine[name])
-        assert {other for other in scores if other.startswith(f"{who}-")} == set(mine)
-print(*mine)
-"""
+_LOAD = Path(gallery_load.__file__)
 
 
-def _work_at_once(tmp_path: Path, bundle: Path, operations: int) -> None:
-    command = [sys.executable, "-c", _CLIENT, str(tmp_path / "gallery"), str(bundle)]
-    children = [
-        subprocess.Popen(
-            [*command, str(who), str(operations)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for who in range(8)
-    ]
-    expected: set[str] = set()
-    for child in children:
-        stdout, stderr = child.communicate()
-        assert (child.returncode, stderr) == (0, "")
-        expected |= set(stdout.split())
-    store = GalleryStore(tmp_path / "gallery")
+def _work_at_once(folder: Path, bundle: Path, processes: int, operations: int, how: str = "sound") -> None:
+    """All of them on the same names; then a check that what they saw has an order, and what they left is sound."""
+    logs = [folder / f"{who}.jsonl" for who in range(processes)]
+    children = []
+    for who, log in enumerate(logs):
+        arguments = [folder / "gallery", bundle, who, operations, log, how]
+        command = [sys.executable, str(_LOAD), *map(str, arguments)]
+        children.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [child.communicate() for child in children]
+    if how != "forgetful":  # who forgets says nothing
+        assert [child.returncode for child in children] == [0] * processes, outputs
+    history = [Operation(*json.loads(line)) for log in logs for line in log.read_text().splitlines()]
+    wrote = [one for one in history if one.name]
+    if how == "sound":
+        assert len(history) == processes * operations
+    numbers = {one.outcome: _sha256(one.outcome) for one in wrote if one.outcome is not None and one.kind != "remove"}
+    store = GalleryStore(folder / "gallery")
+    last = {row.name: row.sha256.hex() for row in store.pictures()}
+    assert len(last) == len(store.pictures())
+    for name in NAMES:
+        assert explain(history, name, numbers, last.get(name)) == ""
+    verifier = OnnxVerifier(bundle, provider="cpu", threads=1)
+    number_of = {sha256: number for number, sha256 in numbers.items()}
     with store.snapshot() as snapshot:
         assert snapshot.rows.damaged == 0
-        assert sum(len(row) for row, _ in snapshot.sound_vectors()) == len(snapshot.rows.slots)
-        assert set(snapshot.rows.names) == expected
+        found = 0
+        for row, vectors in snapshot.sound_vectors():
+            for index, vector in zip(row, vectors, strict=True):
+                name = snapshot.rows.names[snapshot.rows.identities[index]]
+                (expected,) = verifier.embed(picture(number_of[last[name]])[None])
+                assert vector.tobytes() == expected.tobytes()
+                found += 1
+        assert found == len(last)
 
 
-def test_eight_processes_at_once(tmp_path: Path, tiny_bundle: Path) -> None:
-    _work_at_once(tmp_path, tiny_bundle, 15)
+def _sha256(number: int) -> str:
+    """As the gallery computes it of an array."""
+    pixels = picture(number)
+    return hashlib.sha256(b"RGB %d %d " % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()).hexdigest()
+
+
+def test_several_processes_at_once(tmp_path: Path, tiny_bundle: Path) -> None:
+    _work_at_once(tmp_path, tiny_bundle, 4, 40)
 
 
 @pytest.mark.slow
-def test_eight_processes_at_once_for_long(tmp_path: Path, tiny_bundle: Path) -> None:
-    _work_at_once(tmp_path, tiny_bundle, OPERATIONS)
+def test_many_processes_at_once(tmp_path: Path, tiny_bundle: Path) -> None:
+    folder = Path(tempfile.mkdtemp(dir=os.environ.get("SIAMESE_GALLERY_FOLDER", tmp_path)))
+    try:
+        _work_at_once(folder, tiny_bundle, PROCESSES, OPERATIONS)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "words"), [("unlocked", ""), ("forgetful", "no order explains|in the end")])
+def test_a_lost_update_is_found(tmp_path: Path, tiny_bundle: Path, how: str, words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        _work_at_once(tmp_path, tiny_bundle, 4, 60, how)
+
+
+def _history(*operations: tuple[object, ...]) -> list[Operation]:
+    return [Operation(*operation) for operation in operations]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("history", "last", "words"),
+    [
+        (_history((0, 1, "enrol", "id0", 1), (2, 3, "identify", "", ["id0"])), "one", ""),
+        (_history((0, 5, "enrol", "id0", 1), (1, 2, "identify", "", []), (3, 4, "identify", "", ["id0"])), "one", ""),
+        (_history((0, 5, "enrol", "id0", 1), (1, 2, "identify", "", ["id0"]), (3, 4, "identify", "", [])), "one", "no"),
+        (_history((0, 1, "enrol", "id0", 1), (2, 3, "identify", "", [])), "one", "no order"),
+        (_history((0, 1, "enrol", "id0", 1), (2, 3, "enrol", "id0", 2)), "two", "no order"),
+        (_history((0, 3, "enrol", "id0", 1), (1, 2, "enrol", "id0", None)), "one", ""),
+        (_history((0, 1, "enrol", "id0", None)), None, "no order"),
+        (_history((0, 1, "enrol", "id0", 1), (2, 3, "replace", "id0", 2)), "two", ""),
+        (_history((0, 1, "enrol", "id0", 1), (2, 3, "replace", "id0", 2)), "one", "in the end"),
+        (_history((0, 1, "enrol", "id0", 1), (2, 3, "list", "", {"id0": "two"})), "one", "no order"),
+        (_history((0, 1, "enrol", "id0", 1), (2, 5, "remove", "id0", 0), (3, 4, "remove", "id0", 0)), None, "no order"),
+        (_history((0, 1, "enrol", "id0", 1), (2, 5, "remove", "id0", 0), (3, 4, "remove", "id0", None)), None, ""),
+    ],
+)
+def test_the_judge_of_histories(history: list[Operation], last: str | None, words: str) -> None:
+    verdict = explain(history, "id0", {1: "one", 2: "two"}, last)
+    assert words in verdict
+    assert (verdict == "") == (words == "")

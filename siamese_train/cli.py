@@ -116,6 +116,6 @@ def train_bench_main(bundles: tuple[Path, ...], options: BenchOptions, checkpoin
             from siamese_train.checkpoint import read_checkpoint
         read = read_checkpoint(checkpoint)
         contenders, evaluated = torch_contenders(read, settings)
-        return contenders + [held_against(read, evaluated, one) for one in open_bundles(bundles, settings)]
+        return contenders + [held_against(read, evaluated, one) for one in open_bundles(bundles, options, settings)]
 
     bench_into(open_contenders, options, libraries=("torch", "torchvision"))

@@ -12,7 +12,7 @@ import click
 
 from siamese_deploy.cli.bench_options import BenchOptions, bench_options
 from siamese_deploy.cli.command import PATH, Command
-from siamese_deploy.errors import AccuracyError, EnvironmentFault, IntegrityError, one_line
+from siamese_deploy.errors import AccuracyError, EnvironmentFault, IntegrityError, UsageError, one_line
 
 if TYPE_CHECKING:
     from siamese_deploy.bench import Contender, Row, Settings
@@ -28,23 +28,34 @@ def main(bundles: tuple[Path, ...], options: BenchOptions) -> None:
     A row that fails stays in the table with its reason. Exit code 5 means that no row worked, 4 that scores differ from
     the evaluation's, 11 that a row takes longer than in the baseline by more than --max_regression.
     """
-    bench_into(lambda settings: open_bundles(bundles, settings), options)
+    bench_into(lambda settings: open_bundles(bundles, options, settings), options)
 
 
-def open_bundles(paths: Sequence[Path], settings: Settings) -> list[Contender]:
+def open_bundles(paths: Sequence[Path], options: BenchOptions, settings: Settings) -> list[Contender]:
     """The bundles, each once, on each provider.
 
     Raises:
         InputDataError: no such bundle.
-        BundleError: not a bundle, or damaged.
+        BundleError: not a bundle, damaged, or another one than expected.
+        UsageError: not as many digests as bundles.
     """
     from siamese_deploy.bench import bundle_contenders
     from siamese_deploy.bundle import read_bundle
 
+    if options.expect_digests and len(options.expect_digests) != len(paths):
+        raise UsageError(
+            f"--expect_digest: expected one for each of {len(paths)} bundles, got {len(options.expect_digests)}"
+        )
+    expected = options.expect_digests or (None,) * len(paths)
+
     def say(text: str) -> None:
         click.echo(one_line(text), err=True)
 
-    opened = [(path.absolute().name, read_bundle(path)) for path in dict.fromkeys(paths)]
+    read = {
+        path: read_bundle(path, expect_digest=digest, verify_key=options.verify_key)
+        for path, digest in zip(paths, expected, strict=True)
+    }
+    opened = [(path.absolute().name, bundle) for path, bundle in read.items()]
     return [one for name, bundle in opened for one in bundle_contenders(name, bundle, settings, say=say)]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from siamese_deploy.cli.command import PATH, SEED
+from siamese_deploy.cli.runtime_options import VERIFY_KEY
 from siamese_deploy.errors import UsageError
 from siamese_deploy.providers import ORT_NAMES
 
@@ -39,6 +40,8 @@ class BenchOptions:
     baseline: Path | None
     max_regression: float | None
     any_machine: bool
+    expect_digests: tuple[str, ...]
+    verify_key: Path | None
 
     def check(self) -> None:
         """
@@ -135,6 +138,14 @@ _OPTIONS = (
         help="Exit code 11 where a row takes longer by more, such as 10%.",
     ),
     click.option("--any_machine", is_flag=True, help="Compare with a baseline of another machine."),
+    click.option(
+        "--expect_digest",
+        "expect_digests",
+        metavar="HEX",
+        multiple=True,
+        help="Refuse any other bundle than the one with this manifest_sha256; once for each bundle, in their order.",
+    ),
+    VERIFY_KEY,
 )
 
 

@@ -154,14 +154,13 @@ def _run_child(target: str, folder: Path, seed: int, first: int, at: int, end: i
             content["peak_mib"],
         )
         at = content["next"]
-    if child.returncode:
-        current = folder / "current"
-        if not current.exists():
-            raise RuntimeError(f"the child did not start: {child.stderr[-2000:]}")
-        head, data = current.read_bytes()[:16], current.read_bytes()[16:]
-        number, size = struct.unpack("<qq", head)
-        what = signal.Signals(-child.returncode).name if child.returncode < 0 else f"exit code {child.returncode}"
-        report.findings.append(Finding(number, f"the process died ({what})\n{child.stderr[-2000:]}", data[:size]))
+    if child.returncode > 0:
+        raise RuntimeError(f"a mistake in the fuzz test itself: {child.stderr[-3000:]}")
+    if child.returncode < 0:
+        number, size = struct.unpack("<qq", (folder / "current").read_bytes()[:16])
+        data = (folder / "current").read_bytes()[16 : 16 + size]
+        what = signal.Signals(-child.returncode).name
+        report.findings.append(Finding(number, f"the process died ({what})\n{child.stderr[-2000:]}", data))
         at = number + 1 + first if number < 0 else number + 1
     return report, at
 
@@ -211,7 +210,7 @@ def _one(target: Target, number: int, data: bytes, report: Report) -> None:
     started = time.process_time()
     try:
         outcome = target.check(data)
-    except Exception as error:
+    except BaseException as error:  # Rust's panics are no Exception
         trace = "".join(traceback.format_exception(error)[-8:])
         report.findings.append(Finding(number, f"{type(error).__name__}: {str(error)[:500]}\n{trace[-3000:]}", data))
         outcome = f"UNCAUGHT {type(error).__name__}"

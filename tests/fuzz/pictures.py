@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import PIL.features
+from fuzz.driver import Target
+from fuzz.mutations import NUMBERS, mutated
 from PIL import Image, ImageFilter
 
 import siamese_deploy.preprocess as preprocess
-from fuzz.driver import Target
-from fuzz.mutations import NUMBERS, mutated
 from siamese_deploy.errors import ImageError
 from siamese_deploy.preprocess import MIN_SIDE_PIXELS, Preprocess, decode_image, load_image, resize_image
 
@@ -322,11 +322,13 @@ class Pictures(Target):
         try:
             pixels = decode()
         except ImageError as error:
-            assert error.reason.strip() and "\n" not in error.reason, repr(error.reason)
-            reason = error.reason.partition(":")[0]
-            return f"refused, {reason.removeprefix('damaged or truncated ')}", None
-        assert (pixels.dtype, pixels.shape) == (np.uint8, (*SIZE_HW, 3)), (pixels.dtype, pixels.shape)
-        return "decoded", pixels
+            reason = error.reason
+        else:
+            assert (pixels.dtype, pixels.shape) == (np.uint8, (*SIZE_HW, 3)), (pixels.dtype, pixels.shape)
+            return "decoded", pixels
+        assert reason.strip()
+        assert "\n" not in reason
+        return f"refused, {reason.partition(':')[0].removeprefix('damaged or truncated ')}", None
 
     def sabotage(self) -> None:
         """The decoder's net catches OSError only."""

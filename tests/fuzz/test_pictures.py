@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from fuzz.driver import assert_clean, fuzz, inputs
 from fuzz.pictures import LARGE, MAKERS
 

@@ -68,9 +68,7 @@ def stat(folder: Path | None, as_json: bool) -> None:
     click.echo(f"size: {facts['bytes']:,} of at most {DEFAULT_MAX_BYTES:,} bytes")
     click.echo(f"sqlite: {sqlite3.sqlite_version}, journal mode {facts['journal_mode'] or '-'}")
     click.echo(f"file system: {facts['file_system'] or 'unknown'}")
-    if str(facts["file_system"]).startswith(_NETWORK_FILE_SYSTEMS):
-        reason = f"on {facts['file_system']}, where locks may not work between machines"
-        click.echo(one_line(f"{path.parent}: {reason}; name a folder on a local disk with --cache DIR"), err=True)
+    warn_of_network(path.parent, "name a folder on a local disk with --cache DIR")
 
 
 @main.command(cls=Command)
@@ -124,6 +122,12 @@ def _existing(path: Path) -> EmbeddingCache | None:
     from siamese_deploy.embedding_cache import EmbeddingCache
 
     return EmbeddingCache(path.parent) if os.path.lexists(path) else None
+
+
+def warn_of_network(folder: Path, remedy: str) -> None:
+    kind = _file_system(folder)
+    if kind.startswith(_NETWORK_FILE_SYSTEMS):
+        click.echo(one_line(f"{folder}: on {kind}, where locks may not work between machines; {remedy}"), err=True)
 
 
 def _file_system(folder: Path) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from siamese_deploy.cli.cache import warn_of_network
 from siamese_deploy.cli.command import PATH, Command
 from siamese_deploy.cli.runtime_options import (
     RuntimeOptions,
@@ -68,6 +69,7 @@ def enrol(
     verifier = runtime.open_verifier(cache, throughput=True)
     click.echo(describe(verifier))
     opened = Gallery(gallery, verifier, create=True)
+    warn_of_network(gallery, "let only one process write to it")
     how = {"add": add, "replace": replace, "doubles": not no_doubles}
     if folder is not None:
         enrolment = opened.enrol_folder(folder, **how, show_progress=sys.stderr.isatty())

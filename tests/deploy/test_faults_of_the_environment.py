@@ -30,7 +30,8 @@ def apart(
 ) -> subprocess.CompletedProcess[str]:
     """A command with nothing but these variables in its environment; `before` is done in the child."""
     command = [*SIAMESE, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=before)
+    where = {name: value for name, value in os.environ.items() if name == "PYTHONPATH"}
+    return subprocess.run(command, capture_output=True, text=True, env=where | environment, preexec_fn=before)
 
 
 def limited(what: int, value: int) -> Callable[[], None]:

@@ -27,6 +27,7 @@ from tiny_bundle import DIM, SIZE_HW, make_bundle
 from siamese_deploy import Gallery, OnnxVerifier
 from siamese_deploy.bundle import HEAD, MANIFEST, read_bundle
 from siamese_deploy.cli import main as siamese
+from siamese_deploy.cli.runtime_options import describe
 from siamese_deploy.embedding_cache import EmbeddingCache
 from siamese_deploy.errors import BundleError, IntegrityError, ProviderError
 from siamese_deploy.image_folder import scan_image_folder
@@ -360,6 +361,42 @@ def test_a_session_that_came_out_on_the_cpu_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr("siamese_deploy.providers.require_compiled_in", lambda _: None)
     with pytest.raises(ProviderError, match=f"provider {provider}: "):
         open_session(make_bundle().head, "head.onnx", provider)
+
+
+@pytest.mark.parametrize(
+    ("provider", "text"),
+    [
+        ("cpu", "std::bad_alloc"),
+        ("cpu", "BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 42"),
+        ("cpu", "PosixThread pthread_create failed, error code: 11"),
+        ("cuda", "CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);"),
+    ],
+)
+def test_no_memory_for_a_graph_is_the_environments_fault_and_not_the_bundles(
+    monkeypatch: pytest.MonkeyPatch, provider: str, text: str
+) -> None:
+    """With a session that fails as real ones do; how a GPU without memory fails was not seen yet."""
+    graph, asked = make_bundle().head, []
+
+    def fail(*_: object, providers: list[tuple[str, dict[str, str]]], **__: object) -> None:
+        asked.append(providers[0])
+        raise RuntimeError(text)
+
+    monkeypatch.setattr("siamese_deploy.providers.require_compiled_in", lambda _: None)
+    monkeypatch.setattr("siamese_deploy.providers._why_unavailable", lambda _: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    with pytest.raises(ProviderError, match=r"head\.onnx") as caught:
+        open_session(graph, "head.onnx", provider, gpu_memory_bytes=64 * 2**20)
+    assert text[:20] in str(caught.value)
+    assert asked[0][0] == ORT_NAMES[provider]
+    assert asked[0][1].get("gpu_mem_limit") == (str(64 * 2**20) if provider == "cuda" else None)
+
+
+def test_nodes_that_stay_on_the_cpu_are_told(tiny_bundle: Path) -> None:
+    """Of a verifier that says so of itself: here is no GPU."""
+    verifier = OnnxVerifier(tiny_bundle, provider="cpu")
+    verifier.provider, verifier.nodes = "cuda", {"backbone.onnx": {"cuda": 60, "cpu": 2}, "head.onnx": {"cuda": 9}}
+    assert describe(verifier) == "provider: cuda (onnxruntime; 2 nodes on cpu; 69 nodes on cuda)"
 
 
 # --- embeddings that say nothing -----------------------------------------------------------------------------------

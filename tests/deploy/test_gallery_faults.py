@@ -244,6 +244,17 @@ def test_a_database_without_its_vectors_matches_nobody(tmp_path: Path, run: RunC
     assert "warning: 3 rows are damaged and are never matched" in listed.stderr
 
 
+def test_a_gallery_on_a_network_drive_is_told_of(
+    run: RunCommand, tiny_bundle: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enrol = ("gallery", "enrol", tmp_path / "g", pictures / "apple/0.png", "--name", "a", "-c", tiny_bundle)
+    assert run(siamese, *enrol).stderr == ""
+    monkeypatch.setattr("siamese_deploy.cli.cache._file_system", lambda _: "nfs4")
+    result = run(siamese, *enrol)
+    assert result.exit_code == 0
+    assert "g: on nfs4, where locks may not work between machines; let only one process write" in result.stderr
+
+
 # --- names, numbers and signals ------------------------------------------------------------------------------------
 
 

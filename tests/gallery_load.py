@@ -54,7 +54,7 @@ class _Unlocked(sqlite3.Connection):
 
 class _Forgetful(sqlite3.Connection):
     def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
-        if statement == "COMMIT" and random.random() < 0.05:  # noqa: S311
+        if statement == "COMMIT" and random.random() < 0.2:  # noqa: S311
             statement = "ROLLBACK"
         return super().execute(statement, *values)
 

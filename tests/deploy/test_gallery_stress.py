@@ -160,8 +160,8 @@ def test_many_processes_at_once(tmp_path: Path, tiny_bundle: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "words"), [("unlocked", ""), ("forgetful", "no order explains|in the end")])
-def test_a_lost_update_is_found(tmp_path: Path, tiny_bundle: Path, how: str, words: str) -> None:
+@pytest.mark.parametrize(("how", "words"), [("unlocked", None), ("forgetful", "no order explains|in the end")])
+def test_a_lost_update_is_found(tmp_path: Path, tiny_bundle: Path, how: str, words: str | None) -> None:
     with pytest.raises(AssertionError, match=words):
         _work_at_once(tmp_path, tiny_bundle, 4, 60, how)
 

@@ -135,6 +135,19 @@ def test_no_threshold_separates_pairs_that_all_have_the_score_1() -> None:
         operating_point(scores, is_same, 0.1)
 
 
+def test_equal_scores_are_worth_a_guess() -> None:
+    """As of a network that gives every picture the same embedding."""
+    scores, is_same = np.full(400, 0.7, np.float32), np.arange(400) % 2 == 0
+    metrics = verification_metrics(scores, is_same)
+    point = metrics.tar_at_far[0.1]
+    assert metrics.equal_error_rate is not None
+    assert (metrics.roc_auc, metrics.equal_error_rate.rate) == (0.5, 0.5)
+    assert point == operating_point(scores, is_same, 0.1)
+    assert point is not None
+    assert point.tar == 0  # nobody is let in
+    assert not (scores >= point.threshold).any()
+
+
 @given(many)
 def test_equal_error_rate_agrees_with_scikit_learns_curve(rows: list[tuple[float, bool]]) -> None:
     scores, is_same = split(rows)

@@ -32,6 +32,22 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Make the folder and its missing parents, if it is missing; a power cut then takes none of them away.
+
+    Raises:
+        FileExistsError, NotADirectoryError: `path` or one of its parents is a file.
+    """
+    for parent in reversed(path.parents):
+        if not parent.exists():
+            parent.mkdir(exist_ok=True)
+            fsync_path(parent.parent)
+    is_new = not path.exists()
+    path.mkdir(mode, exist_ok=True)
+    if is_new:
+        fsync_path(path.parent)
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write(file)` on a temporary file beside `path`, sync it, and rename it to `path`.
 
@@ -69,8 +85,9 @@ def folder_published_as(target: Path, refuse: Callable[[Path], None] | None = No
     _remove_abandoned(target)
     refuse(target)  # a killed run may have left it aside
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_TEMPORARY, dir=target.parent))
-    lock = os.open(temporary, os.O_RDONLY)
+    lock = -1
     try:
+        lock = os.open(temporary, os.O_RDONLY)
         with contextlib.suppress(OSError):  # a file system without locks; then no other run gets one either
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
@@ -95,7 +112,8 @@ def folder_published_as(target: Path, refuse: Callable[[Path], None] | None = No
         fsync_path(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # half of the new folder, or the whole of the old one
-        os.close(lock)
+        if lock >= 0:
+            os.close(lock)
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -116,6 +134,7 @@ def _exchange(one: Path, other: Path) -> None:
         if aside.exists() and not other.exists():
             os.rename(aside, other)
         raise
+    fsync_path(other.parent)  # a power cut must not find this last renaming done and not the one before
     os.rename(aside, one)
 
 
@@ -168,7 +187,7 @@ def locked_folder(path: Path) -> Iterator[None]:
     if os.path.realpath(path) in ("/", os.path.realpath(home) if os.path.isabs(home) else "/"):
         raise UsageError(f"{path}: is {os.path.realpath(path)}, where no results belong; choose a folder in it")
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"{path}: it or one of its parents is a file; expected a folder to write into") from error
     except FileNotFoundError as error:  # in /proc and the like

@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+from siamese_deploy.durable_files import make_folder
 from siamese_deploy.errors import EnvironmentFault, UsageError
 
 
@@ -17,8 +18,7 @@ def private_folder(path: Path) -> Path:
         EnvironmentFault: it belongs to somebody else, or others may write into it.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=0o700, exist_ok=True)
+        make_folder(path, 0o700)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"{path}: it or one of its parents is a file; expected a folder") from error
     status = path.stat()

@@ -73,10 +73,14 @@ def _replace(out_path: Path, own: set[str], staging: Path) -> None:
     for name in new:
         fsync_path(staging / name)
     _record(out_path, own | set(new))  # both sets, so that a crash below leaves no file without an owner
+    # After a power cut, changes of names that were not synced may be found in any order.
     (out_path / "metrics.json").unlink(missing_ok=True)
+    fsync_path(out_path)
     for name in own - set(new):
         (out_path / name).unlink(missing_ok=True)
     for name in new:
+        if name == "metrics.json":  # the last
+            fsync_path(out_path)
         os.replace(staging / name, out_path / name)
     _record(out_path, set(new))
 

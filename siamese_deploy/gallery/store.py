@@ -34,6 +34,7 @@ CHUNK_ROWS = 2048
 _APPLICATION_ID = 0x53474C59  # "SGLY"
 _FORMAT = 1
 _BUSY_S = 60.0
+_MOST_SLOTS = 2**31
 _SCHEMA = """
 CREATE TABLE model (bundle_digest TEXT NOT NULL, dim INTEGER NOT NULL, vectors TEXT NOT NULL, seal BLOB NOT NULL);
 CREATE TABLE change (number INTEGER NOT NULL);
@@ -137,6 +138,16 @@ class Snapshot:
             elif sound.any():
                 yield row[sound], chunk[sound]
 
+    def sound_vectors_of(self, rows: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], Embeddings]]:
+        """`sound_vectors` of a few rows, ascending, far apart: each is read by itself."""
+        buffer = np.empty((min(CHUNK_ROWS, len(rows)), self.vectors.dim), np.float32)
+        for start in range(0, len(rows), CHUNK_ROWS):
+            row = rows[start : start + CHUNK_ROWS]
+            chunk = buffer[: len(row)]
+            self.vectors.read_each(self.rows.slots[row].tolist(), chunk)
+            sound = checksums(chunk) == self.rows.checksums[row]
+            yield row[sound], chunk if sound.all() else chunk[sound]
+
 
 class GalleryStore:
     """One gallery folder. Safe with several threads and processes: nothing stays open between two calls.
@@ -152,7 +163,7 @@ class GalleryStore:
 
     def __init__(self, folder: Path, bundle_digest: str | None = None) -> None:
         if not (folder / DATABASE).exists():
-            raise InputDataError(f"{folder}: is no gallery ({DATABASE} is missing); siamese gallery enrol makes one")
+            raise _no_gallery(folder, "missing")
         self.folder = private_folder(folder)
         self.bundle_digest = bundle_digest
         self.model()
@@ -305,6 +316,8 @@ class GalleryStore:
         Under the write lock, so that nobody takes such a slot meanwhile.
         """
         _, dim, file = self._model(database)
+        _change(database)
+        _check_slots(database)
         slots = [slot for (slot,) in database.execute("SELECT slot FROM free_slot WHERE NOT wiped ORDER BY slot")]
         write_slots(self.folder / file, slots, np.zeros((len(slots), dim), np.float32))
         database.execute("UPDATE free_slot SET wiped = 1 WHERE NOT wiped")
@@ -347,6 +360,8 @@ class GalleryStore:
     def _reading(self) -> Iterator[sqlite3.Connection]:
         with self._connected() as database:
             database.execute("BEGIN")
+            if not database.execute("SELECT 1 FROM sqlite_master").fetchone():  # killed while it was made
+                raise _no_gallery(self.folder, "empty")
             yield database
 
     @contextmanager
@@ -417,10 +432,15 @@ def _insert(database: sqlite3.Connection, group: Group, indices: Sequence[int]) 
 def _pictures(database: sqlite3.Connection, name: str | None) -> list[StoredPicture]:
     rows = database.execute(f"{_ROWS} WHERE ? IS NULL OR name = ? ORDER BY name, slot", (name, name))
     return [
-        StoredPicture(str(name), bytes(sha256), os.fsdecode(source or b""), str(when), slot, _seal(*row) != seal)
+        StoredPicture(str(name), _bytes(sha256), os.fsdecode(_bytes(source)), str(when), slot, _seal(*row) != seal)
         for *row, seal in rows
         for slot, name, sha256, source, when, _ in [row]
     ]
+
+
+def _bytes(value: object) -> bytes:
+    """SQLite keeps a type with every value: in a damaged row it may be another."""
+    return value if isinstance(value, bytes) else b""
 
 
 def _read_rows(database: sqlite3.Connection, change: int) -> Rows:
@@ -448,8 +468,10 @@ def _read_rows(database: sqlite3.Connection, change: int) -> Rows:
 
 
 def _change(database: sqlite3.Connection) -> int:
-    (number,) = database.execute("SELECT number FROM change").fetchone()
-    return number if isinstance(number, int) else 0
+    row = database.execute("SELECT number FROM change").fetchone()
+    if row is None or not isinstance(row[0], int):
+        raise sqlite3.DatabaseError("change record")
+    return int(row[0])
 
 
 def _name_model(database: sqlite3.Connection, bundle_digest: str, dim: int, vectors: str) -> None:
@@ -481,6 +503,15 @@ def _take_slots(database: sqlite3.Connection, number: int) -> list[int]:
     return slots + list(range(end, end + number - len(slots)))
 
 
+def _check_slots(database: sqlite3.Connection) -> None:
+    """A damaged slot would have another's vector overwritten, or one written terabytes behind the last."""
+    lowest = "SELECT min(coalesce((SELECT min(slot) FROM picture), 0), coalesce((SELECT min(slot) FROM free_slot), 0))"
+    (first,) = database.execute(lowest).fetchone()
+    shared = database.execute("SELECT 1 FROM free_slot JOIN picture USING (slot)").fetchone()
+    if first < 0 or shared or _end(database) > _MOST_SLOTS:
+        raise sqlite3.DatabaseError("slots")
+
+
 def _end(database: sqlite3.Connection) -> int:
     """The first slot behind all that are or were used."""
     query = "SELECT max(coalesce((SELECT max(slot) FROM picture), -1), coalesce((SELECT max(slot) FROM free_slot), -1))"
@@ -491,6 +522,10 @@ def _end(database: sqlite3.Connection) -> int:
 def _seal(*values: object) -> bytes:
     """SHA-256 over a record's values, 16 bytes: SQLite itself does not notice a flipped bit in a page."""
     return hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).digest()[:16]
+
+
+def _no_gallery(folder: Path, what: str) -> InputDataError:
+    return InputDataError(f"{folder}: is no gallery ({DATABASE} is {what}); siamese gallery enrol makes one")
 
 
 def _as_ours(path: Path, error: sqlite3.Error) -> Exception:

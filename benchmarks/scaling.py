@@ -191,7 +191,7 @@ def measured(folder: Path, sizes: dict[str, tuple[int, ...]], rounds: int) -> tu
         one = next(one for one in series if one.name == f"memory_{name}")
         span = one.sizes[-1] - one.sizes[0]
         growth = (one.costs[-1] - one.costs[0]) / span if fit is None else fit.slope
-        constants[f"memory_bytes_per_{name.removesuffix('s')}"] = growth * 2**20
+        constants[f"memory_bytes_per_{name.removesuffix('s')}"] = max(0.0, growth) * 2**20  # less is noise
     return series, constants
 
 

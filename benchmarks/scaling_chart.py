@@ -73,6 +73,7 @@ def _label(panel, title: str, shown: Sequence[Series]) -> None:  # type: ignore[
     panel.set_title(title, fontsize=12)
     panel.set_xscale("log", base=2 if threads else 10)
     panel.set_yscale("log")
+    panel.xaxis.set_minor_formatter("")  # on less than a decade it names every tick, one over the other
     if threads:
         panel.set_xticks(shown[0].sizes, [f"{size:g}" for size in shown[0].sizes])
     panel.set_xlabel("pictures, pairs or rows" if memory else shown[0].of)

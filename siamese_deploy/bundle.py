@@ -82,6 +82,10 @@ class Manifest:
     about: dict[str, Any] = field(default_factory=dict)
     """For people: training, parity, tools. Not read by the runtime."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:  # NaN is neither
+            raise ValueError(f"threshold: expected a number in [0, 1], got {self.threshold}")
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -350,16 +354,13 @@ def _manifest_from(value: dict[str, Any]) -> Manifest:
     least, best, most = (_typed(batch, key, int) for key in ("min", "opt", "max"))
     if not 1 <= least <= best <= most:
         raise ValueError(f"batch: expected 1 <= min <= opt <= max, got {batch}")
-    operating = _typed(threshold, "value", float)
-    if not 0 <= operating <= 1:
-        raise ValueError(f"threshold: expected a number in [0, 1], got {operating}")
     return Manifest(
         backbone=_typed(value, "backbone", str),
         embedding_dim=dim,
         preprocess=preprocess,
         precision=value["precision"],
         batch=(least, best, most),
-        threshold=operating,
+        threshold=_typed(threshold, "value", float),
         threshold_origin=_typed(threshold, "origin", str),
         golden=Golden(embedding.astype(np.float32), _typed(golden, "score", float)),
         created_utc=_typed(value, "created_utc", str),

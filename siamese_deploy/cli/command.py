@@ -73,8 +73,11 @@ class Command(click.Command):
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             return super().invoke(ctx)
-        except click.exceptions.Exit:
-            raise
+        except (SystemExit, click.exceptions.Exit) as error:
+            if error.code if isinstance(error, SystemExit) else error.exit_code:
+                raise
+            # A command ends well by coming to its end: exit code 0 is an answer, and no library's to give.
+            _fail(ctx, "internal error: ended before it was done; this is a bug, please report it", 70)
         except KeyboardInterrupt:
             _fail(ctx, "interrupted", 130)
         except BrokenPipeError:  # the reader of our output went away (`| head`)
@@ -84,13 +87,15 @@ class Command(click.Command):
             _fail(ctx, str(error), error.exit_code)
         except MemoryError:
             _fail(ctx, "out of memory; use smaller pictures or batches", 5)
-        except Exception as error:
+        except BaseException as error:  # also what is no Exception, such as a panic of a library written in Rust
             if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNO:
                 _fail(ctx, f"{error.filename or 'output'}: {error.strerror}", 5)
             if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
                 _fail(ctx, f"{error.filename}: {error.strerror}", 2)
             if str(error).startswith("DataLoader worker"):
                 _fail(ctx, f"a loading process died ({error}); use fewer --workers, and --resume to go on", 5)
+            if "shared memory(shm)" in str(error):
+                _fail(ctx, "no shared memory left; enlarge /dev/shm (docker run --shm-size) or use fewer --workers", 5)
             if isinstance(error, ImportError) and ".so" in str(error):  # no memory or no descriptor left for a library
                 _fail(ctx, f"a library cannot be loaded: {error}; free memory, or install its package again", 5)
             if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
@@ -103,6 +108,24 @@ class Command(click.Command):
                     5,
                 )
             _fail(ctx, f"internal error: {error!r}; this is a bug, please report it with --debug's output", 70)
+
+
+class DecidingCommand(Command):
+    """A command whose exit code 0 opens doors. --help and --version end with 0 only where they stand alone: among other
+    arguments one of them may be what somebody has called a file.
+    """
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        alone = len(args) == 1  # click takes them out of the list
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.exceptions.Exit:
+            if alone:
+                raise
+            click.echo(f"{info_name}: nothing was decided: --help and --version stand alone", err=True)
+            sys.exit(2)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from siamese_deploy.cli.cache import warn_of_network
-from siamese_deploy.cli.command import PATH, Command
+from siamese_deploy.cli.command import PATH, Command, DecidingCommand
 from siamese_deploy.cli.runtime_options import (
     RuntimeOptions,
     describe,
@@ -150,7 +150,7 @@ def remove(gallery: Path, name: tuple[str, ...]) -> None:
     click.echo(f"removed: {count} pictures of {len(set(name))} identities")
 
 
-@main.command(cls=Command)
+@main.command(cls=DecidingCommand)
 @click.argument("gallery", type=PATH)
 @click.argument("picture", type=PATH)
 @runtime_options
@@ -177,6 +177,11 @@ def identify(
     cache = runtime.open_cache()
     verifier = runtime.open_verifier(cache)
     found = Gallery(gallery, verifier).identify(picture, threshold=threshold, min_margin=margin, **how)
+    tell_provider(verifier)
+    warn_of_cache(cache)
+    if found.damaged:
+        text = f"warning: {found.damaged} rows of {gallery} are damaged and were not compared; see siamese gallery list"
+        click.echo(one_line(text), err=True)
     if as_json:
         click.echo(json.dumps(_as_json(found, verifier.model_digest, verifier.provider), indent=2))
     else:
@@ -186,11 +191,6 @@ def identify(
         name = "" if found.name is None else f" {found.name}"
         empty = "" if found.candidates or found.damaged else " (the gallery is empty)"
         click.echo(one_line(f"{found.decision}{name}{empty}: threshold {found.threshold:.4f}{ahead}"))
-    tell_provider(verifier)
-    warn_of_cache(cache)
-    if found.damaged:
-        text = f"warning: {found.damaged} rows of {gallery} are damaged and were not compared; see siamese gallery list"
-        click.echo(one_line(text), err=True)
     if found.name is None:
         sys.exit(NO_MATCH)
 

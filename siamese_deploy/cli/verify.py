@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from siamese_deploy.cli.command import PATH, Command
+from siamese_deploy.cli.command import PATH, DecidingCommand
 from siamese_deploy.cli.runtime_options import RuntimeOptions, runtime_options, tell_provider, warn_of_cache
 from siamese_deploy.errors import UsageError, one_line
 
 NO_MATCH = 10
 
 
-@click.command(cls=Command, name="verify")
+@click.command(cls=DecidingCommand, name="verify")
 @click.argument("left", type=PATH)
 @click.argument("right", type=PATH)
 @runtime_options
@@ -32,9 +32,9 @@ def main(left: Path, right: Path, runtime: RuntimeOptions, threshold: float | No
     if threshold is None:
         threshold = verifier.threshold
     match = score >= threshold
-    click.echo(one_line(f"{'match' if match else 'no match'}: score {score:.4f}, threshold {threshold:.4f}"))
     tell_provider(verifier)
     warn_of_cache(cache)
+    click.echo(one_line(f"{'match' if match else 'no match'}: score {score:.4f}, threshold {threshold:.4f}"))
     if not match:
         sys.exit(NO_MATCH)
 

@@ -129,7 +129,6 @@ def test_other_texts_are_no_manifest(bundle_path: Path, text: bytes, words: str)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"threshold": 1.5}, r"threshold: expected a number in \[0, 1\]"),
         ({"embedding_dim": 17}, "golden embedding: expected 17 numbers, got 16"),
         ({"preprocess": Preprocess((24, 32), resize="nearest")}, "preprocess: expected"),
         ({"preprocess": Preprocess((24, 0))}, r"size_hw: expected two positive whole numbers, got \[24, 0\]"),

@@ -181,24 +181,30 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def _read_bundle(folder: Path, expect_digest: str | None, key: VerifyKey | None) -> Bundle:
     if not folder.exists():
-        raise InputDataError(f"{folder}: no such bundle")
+        raise InputDataError(f"{folder}: no such bundle", code="not-found")
     if not folder.is_dir():
         hint = "; a checkpoint is evaluated with siamese-train-eval" if folder.suffix == ".pth" else ""
-        raise BundleError(f"{folder}: is a file; expected a bundle folder holding {MANIFEST}{hint}")
+        raise BundleError(
+            f"{folder}: is a file; expected a bundle folder holding {MANIFEST}{hint}", code="not-a-bundle"
+        )
     names = sorted(os.listdir(folder))
     if MANIFEST not in names:
-        raise BundleError(f"{folder}: is no bundle ({MANIFEST} is missing)")
+        raise BundleError(f"{folder}: is no bundle ({MANIFEST} is missing)", code="not-a-bundle")
     for expected in (BACKBONE, HEAD):
         if expected not in names:
             raise BundleError(f"{folder}: incomplete bundle ({expected} is missing); copy or export it again")
     foreign = [name for name in names if name not in (MANIFEST, BACKBONE, HEAD, SIGNATURE)]
     if foreign:
-        raise BundleError(f"{folder}: holds files that do not belong to a bundle ({', '.join(foreign)}); remove them")
+        raise BundleError(
+            f"{folder}: holds files that do not belong to a bundle ({', '.join(foreign)}); remove them",
+            code="bundle-extra-files",
+        )
     text = _read_regular(folder / MANIFEST, MAX_MANIFEST_BYTES)
     if key is not None:
         if SIGNATURE not in names:
             raise BundleError(
-                f"{folder}: is not signed ({SIGNATURE} is missing); expected a bundle from the key's owner"
+                f"{folder}: is not signed ({SIGNATURE} is missing); expected a bundle from the key's owner",
+                code="bundle-signature",
             )
         key.check(text, _read_regular(folder / SIGNATURE, SIGNATURE_BYTES), folder)
     manifest, files, digest, manifest_digest = _parse_manifest(folder / MANIFEST, text)
@@ -230,11 +236,13 @@ def _unexpected(folder: Path, expected: str, bundle_digest: str, manifest_digest
     if expected == bundle_digest:
         return BundleError(
             f"{folder}: {expected} is its bundle_digest, which leaves the threshold out and pins nothing; expect the "
-            "manifest_sha256 that siamese-export printed"
+            "manifest_sha256 that siamese-export printed",
+            code="bundle-unexpected",
         )
     return BundleError(
         f"{folder}: is another bundle than the one to expect (manifest_sha256 expected {expected}, got "
-        f"{manifest_digest}); get that bundle again, or expect the digest that siamese-export printed for this one"
+        f"{manifest_digest}); get that bundle again, or expect the digest that siamese-export printed for this one",
+        code="bundle-unexpected",
     )
 
 
@@ -245,7 +253,10 @@ def refuse_target(target: Path, *, replace: bool) -> None:
     if not (replace and os.path.lexists(target)):
         return refuse_existing(target)
     if target.is_symlink() or not target.is_dir():
-        raise UsageError(f"{target}: is a {'link' if target.is_symlink() else 'file'}; expected a bundle to replace")
+        raise UsageError(
+            f"{target}: is a {'link' if target.is_symlink() else 'file'}; expected a bundle to replace",
+            code="output-exists",
+        )
     names = set(os.listdir(target)) - {SIGNATURE}
     ours = names == {MANIFEST, BACKBONE, HEAD} or (
         MANIFEST in names
@@ -253,7 +264,9 @@ def refuse_target(target: Path, *, replace: bool) -> None:
         and b'"format": "siamese-bundle/' in _read_regular(target / MANIFEST, MAX_MANIFEST_BYTES)
     )
     if not ours:
-        raise UsageError(f"{target}: is no bundle, and only a bundle may be replaced; choose another folder")
+        raise UsageError(
+            f"{target}: is no bundle, and only a bundle may be replaced; choose another folder", code="output-exists"
+        )
 
 
 def golden_image(size_hw: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -321,7 +334,10 @@ def _parse_manifest(path: Path, text: bytes) -> tuple[Manifest, dict[str, str], 
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{damaged} (not canonical JSON: {error})") from error
     if isinstance(value, dict) and value.get("format") not in (None, FORMAT):
-        raise BundleError(f"{path}: format {value['format']!r}, this program reads {FORMAT!r}; use a matching version")
+        raise BundleError(
+            f"{path}: format {value['format']!r}, this program reads {FORMAT!r}; use a matching version",
+            code="other-version",
+        )
     if not isinstance(value, dict) or canonical != text:
         raise BundleError(f"{damaged} (not canonical JSON)")
     stated = value.pop("manifest_sha256", None)

@@ -79,7 +79,9 @@ def opened(path: Path, patience_s: float) -> Iterator[sqlite3.Connection]:
         try:
             _make_file(path)
             if _regular_file(path).st_nlink != 1:
-                raise IntegrityError(f"{path}: has a second name (hard link), which breaks its locking; remove one")
+                raise IntegrityError(
+                    f"{path}: has a second name (hard link), which breaks its locking; remove one", code="hard-link"
+                )
             with closing(_connect(path, patience_s)) as connection:
                 _check_or_make_schema(connection, path)
                 # Never the write-ahead log: SQLite before 3.51.3 can damage a file in that mode, the mode is kept in
@@ -193,7 +195,9 @@ def remove_cache_file(path: Path) -> int | None:
             if not isinstance(reason, IntegrityError):
                 raise reason from error
             if not _looks_like_ours(path):
-                raise IntegrityError(f"{path}: this may be no embedding cache; remove it yourself") from error
+                raise IntegrityError(
+                    f"{path}: this may be no embedding cache; remove it yourself", code="not-ours"
+                ) from error
             _unlink(path)
     return file_bytes
 
@@ -249,7 +253,8 @@ def _check_or_make_schema(connection: sqlite3.Connection, path: Path) -> None:
     if version != FORMAT:
         raise IntegrityError(
             f"{path}: format {version}, expected {FORMAT}: another version of this toolkit made it; choose another "
-            f"folder or run: {_clear_command(path)}"
+            f"folder or run: {_clear_command(path)}",
+            code="other-version",
         )
 
 
@@ -259,7 +264,9 @@ def _is_empty(connection: sqlite3.Connection) -> bool:
 
 
 def _foreign(path: Path) -> IntegrityError:
-    return IntegrityError(f"{path}: another application's database, not an embedding cache; choose another folder")
+    return IntegrityError(
+        f"{path}: another application's database, not an embedding cache; choose another folder", code="not-ours"
+    )
 
 
 def _translated(error: sqlite3.Error, path: Path) -> SiameseError:

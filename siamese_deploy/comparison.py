@@ -117,7 +117,8 @@ def read_earlier(path: Path, evaluation: Evaluation) -> tuple[Evaluation, str]:
     if content["pair_digest"] != evaluation.pair_digest:
         raise InputDataError(
             f"{file}: is an evaluation of other pairs (digest {content['pair_digest'][:12]}..., expected "
-            f"{evaluation.pair_digest[:12]}...); evaluate both on the same folder with the same --pairs and --seed"
+            f"{evaluation.pair_digest[:12]}...); evaluate both on the same folder with the same --pairs and --seed",
+            code="other-pairs",
         )
     threshold = content.get("threshold")
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
@@ -140,7 +141,8 @@ def compare(before: Evaluation, after: Evaluation, before_digest: str, after_spr
     if before.pair_digest != after.pair_digest:
         raise InputDataError(
             "the two models were not evaluated on the same pairs (a picture that only one of them could read?); "
-            "use --strict to see which"
+            "use --strict to see which",
+            code="other-pairs",
         )
     before_spread = resample(before)
     figures = (figures_of(before), figures_of(after))

@@ -169,9 +169,9 @@ def refuse_existing(target: Path) -> None:
     UsageError: `target` exists (if only as a broken link), or its parent folder does not.
     """
     if os.path.lexists(target):
-        raise UsageError(f"{target}: exists already; choose another folder or remove it first")
+        raise UsageError(f"{target}: exists already; choose another folder or remove it first", code="output-exists")
     if not target.absolute().parent.is_dir():
-        raise UsageError(f"{target}: its parent folder does not exist; make it first")
+        raise UsageError(f"{target}: its parent folder does not exist; make it first", code="not-found")
 
 
 @contextmanager

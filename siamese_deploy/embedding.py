@@ -46,6 +46,8 @@ class EmbeddedPicture:
     vector: Embeddings | None = None
     """(dim,) float32, finite."""
     reason: str = ""
+    code: str = ""
+    """Of the reason."""
     from_cache: bool = False
     data: bytes | None = None
     pixels: Images | None = None
@@ -74,7 +76,9 @@ def embed_pictures(
                 vectors = verifier.embed(np.stack([item.pixels for item in new if item.pixels is not None]))
                 for item, vector in zip(new, vectors, strict=True):
                     if not np.isfinite(vector).all():
-                        raise IntegrityError(f"{item.name}: the network gives no finite embedding (NaN or infinity)")
+                        raise IntegrityError(
+                            f"{item.name}: the network gives no finite embedding (NaN or infinity)", code="not-finite"
+                        )
                     item.vector, item.pixels = vector, None
                 to_keep += [item for item in new if item.sha256]
             yield batch
@@ -93,7 +97,9 @@ def require_signal(name: str, vector: Embeddings) -> None:
         IntegrityError: all numbers of the embedding are zero.
     """
     if not vector.any():
-        raise IntegrityError(f"{name}: the network gives an embedding of zeros, which tells nobody from another")
+        raise IntegrityError(
+            f"{name}: the network gives an embedding of zeros, which tells nobody from another", code="no-signal"
+        )
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ def embed_images(
         for batch in embed_pictures(verifier, paths, cache=cache):
             for item, image in zip(batch, remaining, strict=False):
                 if item.vector is None:
-                    skipped.append(SkippedFile(folder.paths[image], item.reason))
+                    skipped.append(SkippedFile(folder.paths[image], item.reason, item.code))
                 else:
                     vectors[n_rows] = item.vector
                     row_of_image[image] = n_rows
@@ -153,7 +159,7 @@ def embed_images(
             let_interrupts_through()
     if not n_rows:
         reason = f" ({skipped[0].reason}, ...)" if skipped else ""
-        raise InputDataError(f"{folder.root}: none of {len(images)} pictures can be read{reason}")
+        raise InputDataError(f"{folder.root}: none of {len(images)} pictures can be read{reason}", code="no-pictures")
     return ImageEmbeddings(vectors[:n_rows], row_of_image, tuple(skipped), from_cache)
 
 
@@ -173,7 +179,9 @@ def score_chunks(verifier: Verifier, embeddings: ImageEmbeddings, pairs: PairLis
             embeddings.vectors.take(rows, axis=0, out=side[: len(chunk)], mode="clip")
         scores = verifier.score(left[: len(chunk)], right[: len(chunk)])
         if not ((scores >= 0) & (scores <= 1)).all():
-            raise IntegrityError("the network gives scores that are NaN or outside [0, 1]; the model is damaged")
+            raise IntegrityError(
+                "the network gives scores that are NaN or outside [0, 1]; the model is damaged", code="not-finite"
+            )
         yield chunk, scores
 
 
@@ -189,7 +197,7 @@ def _read_and_decoded(
             else:
                 item.pixels = load_image(item.picture, verifier.preprocess)
         except ImageError as error:
-            item.reason = error.reason
+            item.reason, item.code = error.reason, error.code
         item.data = None
 
     def look_up(batch: list[EmbeddedPicture]) -> list[EmbeddedPicture]:
@@ -244,7 +252,7 @@ def _read(item: EmbeddedPicture) -> None:
         try:
             item.data = read_picture_file(item.picture)
         except ImageError as error:
-            item.reason = error.reason
+            item.reason, item.code = error.reason, error.code
     if item.data is not None:
         item.sha256 = hashlib.sha256(item.data).digest()
 

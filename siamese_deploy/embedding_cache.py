@@ -32,7 +32,7 @@ from siamese_deploy.cache_file import (
     select,
     shrink_file,
 )
-from siamese_deploy.errors import BusyError, EnvironmentFault, SiameseError, one_line
+from siamese_deploy.errors import BusyError, EnvironmentFault, SiameseError, code_of, one_line
 from siamese_deploy.preprocess import Preprocess
 from siamese_deploy.private_folder import private_folder
 from siamese_deploy.verifier import Embeddings
@@ -119,7 +119,9 @@ class EmbeddingCache:
             pass
         except OSError as error:
             reason = f"{error.filename or folder}: {error.strerror}"
-            raise EnvironmentFault(f"{reason}; choose another folder with --cache DIR, or --no_cache") from error
+            raise EnvironmentFault(
+                f"{reason}; choose another folder with --cache DIR, or --no_cache", code=code_of(error, "environment")
+            ) from error
 
     def get_many(self, keys: Sequence[bytes], dim: int) -> dict[bytes, Embeddings]:
         """Those of the keys that are known, each with its vector: (dim,) float32, finite.

@@ -14,75 +14,114 @@
     |   `-- MissingExtraError        5
     `-- BusyError                    6  another run holds the output folder
 
-Messages are one line: what is wrong, with which file, and what to do.
+Messages are one line: what is wrong, with which file, and what to do. Codes are for programs, and stay what they are
+when a message is put better: docs/when-it-goes-wrong.md lists them.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
 
 class SiameseError(Exception):
+    """`code` names the reason: the kind's, or a nearer one where there is something else to do about it."""
+
     exit_code: ClassVar[int] = 70
+    code: str = "internal-error"
+
+    def __init__(self, message: str = "", *, code: str | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
 
 
 class UsageError(SiameseError):
     exit_code = 2
+    code = "usage"
 
 
 class InputDataError(SiameseError):
     exit_code = 3
+    code = "input-data"
 
 
 class ImageError(InputDataError):
     """One picture that cannot be used; `reason` is the sentence without the path."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+    code = "unreadable"
+
+    def __init__(self, path: str, reason: str, code: str | None = None) -> None:
+        super().__init__(f"{path}: {reason}", code=code)
         self.path = path
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str, str]]:
         # Exceptions cross process borders (data loading workers) as their constructor arguments.
-        return ImageError, (self.path, self.reason)
+        return ImageError, (self.path, self.reason, self.code)
 
 
 class IntegrityError(SiameseError):
     exit_code = 4
+    code = "damaged"
 
 
 class BundleError(IntegrityError):
-    pass
+    code = "bundle-damaged"
 
 
 class CheckpointError(IntegrityError):
-    pass
+    code = "checkpoint-damaged"
 
 
 class ParityError(IntegrityError):
-    pass
+    code = "parity"
 
 
 class AccuracyError(SiameseError):
     exit_code = 11
+    code = "limit-missed"
 
 
 class EnvironmentFault(SiameseError):
     exit_code = 5
+    code = "environment"
 
 
 class ProviderError(EnvironmentFault):
-    pass
+    code = "provider-unavailable"
 
 
 class MissingExtraError(EnvironmentFault):
-    pass
+    code = "package-missing"
 
 
 class BusyError(SiameseError):
     exit_code = 6
+    code = "busy"
+
+
+_CODE_OF_ERRNO = {
+    errno.ENOENT: "not-found",
+    errno.EACCES: "permission",
+    errno.EPERM: "permission",
+    errno.EROFS: "permission",
+    errno.ENOSPC: "disk-full",
+    errno.EDQUOT: "disk-full",
+    errno.EFBIG: "disk-full",
+    errno.EMFILE: "too-many-open-files",
+    errno.ENFILE: "too-many-open-files",
+    errno.ENOMEM: "out-of-memory",
+    errno.EIO: "disk-fault",
+    errno.ESTALE: "disk-fault",
+}
+
+
+def code_of(error: OSError, other: str) -> str:
+    """What the system's refusal means to the user; `other` where it is none of the usual ones."""
+    return _CODE_OF_ERRNO.get(error.errno or 0, other)
 
 
 def one_line(message: str) -> str:
@@ -123,7 +162,9 @@ def needs_extra(extra: str) -> Iterator[None]:
             raise
         raise MissingExtraError(f"{package} is not installed; run: pip install {_PIP_EXTRA[extra]}") from error
     except ImportError as error:  # installed, but a library it needs is not: say which
-        raise EnvironmentFault(f"an installed package of {_PIP_EXTRA[extra]} cannot be loaded: {error}") from error
+        raise EnvironmentFault(
+            f"an installed package of {_PIP_EXTRA[extra]} cannot be loaded: {error}", code="library-broken"
+        ) from error
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise

@@ -125,7 +125,8 @@ def evaluate_pairs(
     if strict and skipped:
         raise InputDataError(
             f"{folder.root}: {len(skipped)} files or folders cannot be used, and --strict allows none "
-            f"(first: {skipped[0].path}: {skipped[0].reason})"
+            f"(first: {skipped[0].path}: {skipped[0].reason})",
+            code="skipped-files",
         )
     return evaluate_embedded(verifier, folder, pairs, embeddings, embed_s=embed_s, show_progress=show_progress)
 
@@ -143,7 +144,9 @@ def evaluate_embedded(
     usable = embeddings.row_of_image >= 0
     scored = pairs.among(usable)
     if len(scored) == 0:
-        raise InputDataError(f"{folder.root}: no pair is left after {len(embeddings.skipped)} unreadable pictures")
+        raise InputDataError(
+            f"{folder.root}: no pair is left after {len(embeddings.skipped)} unreadable pictures", code="no-pairs"
+        )
     started = time.perf_counter()
     scores = _score(verifier, embeddings, scored, show_progress)
     score_s = time.perf_counter() - started

@@ -22,6 +22,8 @@ class SkippedFile:
 
     path: str
     reason: str
+    code: str
+    """As of a SiameseError."""
 
 
 @dataclass(frozen=True)
@@ -70,25 +72,25 @@ def scan_image_folder(root: str | os.PathLike[str]) -> ImageFolder:
     """
     root = Path(root)
     if not root.exists():
-        raise InputDataError(f"{root}: no such folder")
+        raise InputDataError(f"{root}: no such folder", code="not-found")
     if not root.is_dir():
-        raise InputDataError(f"{root}: is a file; expected a folder with one sub-folder per class")
+        raise InputDataError(f"{root}: is a file; expected a folder with one sub-folder per class", code="not-a-folder")
     try:
         entries = _visible_entries(root)
     except PermissionError as error:
-        raise EnvironmentFault(f"{root}: no permission to read this folder") from error
+        raise EnvironmentFault(f"{root}: no permission to read this folder", code="permission") from error
     paths: list[str] = []
     skipped: list[SkippedFile] = []
     for entry in entries:
         # os.path, unlike DirEntry, answers False for a link in a loop or into a folder without permission.
         if not os.path.isdir(entry.path):
             if entry.is_symlink() and not os.path.exists(entry.path):
-                skipped.append(SkippedFile(entry.name, "broken link"))
+                skipped.append(SkippedFile(entry.name, "broken link", code="broken-link"))
             continue
         try:
             files = _visible_entries(Path(entry.path))
         except OSError as error:
-            skipped.append(SkippedFile(entry.name, f"folder cannot be read ({error.strerror})"))
+            skipped.append(SkippedFile(entry.name, f"folder cannot be read ({error.strerror})", code="unread-folder"))
             continue
         n_before = len(paths)
         for file in files:
@@ -98,11 +100,15 @@ def scan_image_folder(root: str | os.PathLike[str]) -> ImageFolder:
             if os.path.isfile(file.path):
                 paths.append(path)
             else:
-                skipped.append(SkippedFile(path, "broken link" if file.is_symlink() else "not a regular file"))
+                skipped.append(
+                    SkippedFile(path, "not a regular file", code="not-a-file")
+                    if not file.is_symlink()
+                    else SkippedFile(path, "broken link", code="broken-link")
+                )
         if len(paths) == n_before:
-            skipped.append(SkippedFile(entry.name, "class folder without a picture"))
+            skipped.append(SkippedFile(entry.name, "class folder without a picture", code="empty-class"))
     if not paths:
-        raise InputDataError(_why_empty(root, entries))
+        raise InputDataError(_why_empty(root, entries), code="no-pictures")
     return image_folder_of(root, paths, tuple(skipped))
 
 

@@ -100,7 +100,9 @@ def read_metrics(file: Path) -> dict[str, Any]:
         or content.get("format") != FORMAT
         or not isinstance(content.get("pair_digest"), str)
     ):
-        raise IntegrityError(f"{file}: is no metrics.json of format {FORMAT}; evaluate again with this version")
+        raise IntegrityError(
+            f"{file}: is no metrics.json of format {FORMAT}; evaluate again with this version", code="other-version"
+        )
     return content
 
 

@@ -63,7 +63,7 @@ def read_pair_list(file: str | os.PathLike[str], root: str | os.PathLike[str]) -
         )
     if not root.is_dir():
         what = "is a file; expected the folder that the paths in the list start from"
-        raise InputDataError(f"{root}: {what if root.exists() else 'no such folder'}")
+        raise InputDataError(f"{root}: {what if root.exists() else 'no such folder'}", code="not-found")
     listed = _ListedPairs(file, root)
     with open_text(file, "a list of pairs") as text:
         if kind == ".csv":
@@ -78,10 +78,11 @@ def _lines(file: Path, text: TextIO) -> Iterator[str]:
     while line := text.readline(_MAX_LINE):
         number += 1
         if "\0" in line:
-            raise InputDataError(f"{file}, line {number}: a NUL byte; expected text in UTF-8")
+            raise InputDataError(f"{file}, line {number}: a NUL byte; expected text in UTF-8", code="pair-list")
         if len(line) == _MAX_LINE:
             raise InputDataError(
-                f"{file}, line {number}: longer than {_MAX_LINE:,} characters; expected a list of pairs"
+                f"{file}, line {number}: longer than {_MAX_LINE:,} characters; expected a list of pairs",
+                code="pair-list",
             )
         yield line
 
@@ -113,7 +114,7 @@ def _read_csv(listed: _ListedPairs, text: TextIO) -> None:
             )
         listed.add(line, listed.picture(line, left), listed.picture(line, right), is_same)
     if columns is None:
-        raise InputDataError(f"{listed.file}: is empty; {_HEADER}")
+        raise InputDataError(f"{listed.file}: is empty; {_HEADER}", code="pair-list")
 
 
 def _columns(listed: _ListedPairs, line: int, header: list[str]) -> tuple[int, int, int]:
@@ -136,7 +137,7 @@ def _read_lfw(listed: _ListedPairs, text: TextIO) -> None:
     lines = ((number, line) for number, line in enumerate(_lines(listed.file, text), 1) if line.strip())
     line, header = next(lines, (0, ""))
     if not line:
-        raise InputDataError(f"{listed.file}: is empty; {_LFW_HEADER}")
+        raise InputDataError(f"{listed.file}: is empty; {_LFW_HEADER}", code="pair-list")
     sizes = header.split()
     if not 1 <= len(sizes) <= 2 or not all(re.fullmatch("[0-9]{1,9}", size) and int(size) for size in sizes):
         hint = "; a list with the columns left, right and label needs a name that ends in .csv" if "," in header else ""
@@ -197,7 +198,7 @@ class _ListedPairs:
     """The same pair may come once more the other way round, as in the reference's scheme."""
 
     def error(self, line: int, what: str) -> InputDataError:
-        return InputDataError(f"{self.file}, line {line}: {what}")
+        return InputDataError(f"{self.file}, line {line}: {what}", code="pair-list")
 
     def add(self, line: int, left: int, right: int, is_same: bool, fold: int | None = None) -> None:
         if left == right:
@@ -257,14 +258,14 @@ class _ListedPairs:
             return stat.S_ISREG(os.stat(os.path.join(self.root, path)).st_mode)
         except PermissionError as error:
             raise EnvironmentFault(
-                f"{self.file}, line {line}: no permission to look for {path} in {self.root}"
+                f"{self.file}, line {line}: no permission to look for {path} in {self.root}", code="permission"
             ) from error
         except (OSError, ValueError):  # ValueError: no name that this system can have
             return False
 
     def finished(self) -> tuple[ImageFolder, Pairs]:
         if not self.left:
-            raise InputDataError(f"{self.file}: no pairs, only a header row")
+            raise InputDataError(f"{self.file}: no pairs, only a header row", code="pair-list")
         folder = image_folder_of(self.root, self.pictures)
         index = np.empty(len(folder), dtype=np.int64)
         index[[self.pictures[path] for path in folder.paths]] = np.arange(len(folder))

@@ -140,7 +140,8 @@ class EveryPair:
             is_same = np.empty(len(self), np.bool_)
         except MemoryError as error:
             raise InputDataError(
-                f"the pairs of {len(self.images):,} pictures do not fit into memory; use fewer pictures"
+                f"the pairs of {len(self.images):,} pictures do not fit into memory; use fewer pictures",
+                code="out-of-memory",
             ) from error
         for k, chunk in enumerate(self.chunks(_CHUNK_PAIRS)):
             part = slice(k * _CHUNK_PAIRS, (k + 1) * _CHUNK_PAIRS)
@@ -175,7 +176,8 @@ def sample_pairs(folder: ImageFolder, seed: int | Sequence[int] = 1, *, shuffle:
     if n_classes < 2:
         raise InputDataError(
             f"{folder.root}: one class only ({folder.class_names[0]}), so no pairs of different classes can be formed; "
-            "expected at least two class folders"
+            "expected at least two class folders",
+            code="one-class",
         )
     class_sizes, class_start, by_class = _grouped(folder)
     _refuse_classes_of_one(folder, class_sizes)
@@ -227,7 +229,8 @@ def balanced_pairs(folder: ImageFolder, n: int, seed: int = 1) -> Pairs:
         if rows.total < wanted:
             raise InputDataError(
                 f"{folder.root}: {n:,} pairs need {wanted:,} of {kind}, but there are {rows.total:,}; ask for fewer "
-                "pairs or add pictures"
+                "pairs or add pictures",
+                code="too-few-pairs",
             )
         parts.append(rows.at(_distinct(random, wanted, rows.total)))
     left, right = (by_class[np.concatenate(side)] for side in zip(*parts, strict=True))
@@ -260,7 +263,8 @@ def one_shot_pairs(folder: ImageFolder, ways: int = 20, episodes: int = 400, see
     n_classes = len(folder.class_names)
     if n_classes < ways:
         raise InputDataError(
-            f"{folder.root}: {ways}-way episodes need {ways} classes, but there are {n_classes}; ask for fewer ways"
+            f"{folder.root}: {ways}-way episodes need {ways} classes, but there are {n_classes}; ask for fewer ways",
+            code="one-class",
         )
     class_sizes, class_start, by_class = _grouped(folder)
     _refuse_classes_of_one(folder, class_sizes)
@@ -299,7 +303,8 @@ def _refuse_classes_of_one(folder: ImageFolder, class_sizes: Integers) -> None:
     if class_sizes.max() < 2:
         raise InputDataError(
             f"{folder.root}: each of the {len(class_sizes)} classes has one picture only, so no pairs of the same "
-            "class can be formed; expected at least one class with two pictures"
+            "class can be formed; expected at least one class with two pictures",
+            code="no-class-of-two",
         )
 
 

@@ -80,13 +80,15 @@ def read_scores(file: Path, evaluation: Evaluation) -> Scores:
             f"{file}: does not hold the pairs that its metrics.json speaks of; evaluate that model again"
         ) from error
     if not ((scores >= 0) & (scores <= 1)).all():
-        raise IntegrityError(f"{file}: has scores that are NaN or outside [0, 1]; evaluate that model again")
+        raise IntegrityError(
+            f"{file}: has scores that are NaN or outside [0, 1]; evaluate that model again", code="not-finite"
+        )
     return scores
 
 
 def skipped_csv(skipped: Sequence[SkippedFile]) -> bytes:
-    """A CSV file of what was left out and why: columns path, reason."""
-    return csv_bytes([("path", "reason"), *((harmless(file.path), file.reason) for file in skipped)])
+    """A CSV file of what was left out and why: columns path, reason, code."""
+    return csv_bytes([("path", "reason", "code"), *((harmless(file.path), file.reason, file.code) for file in skipped)])
 
 
 def shortest_float32(values: Scores) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from siamese_deploy.errors import ImageError, UsageError
+from siamese_deploy.errors import ImageError, UsageError, code_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_FILE_BYTES = 64 * 2**20
@@ -87,7 +87,7 @@ def decode_image(picture: Picture) -> Image.Image:
 def decode_bytes(data: bytes, name: str = "<bytes>") -> Image.Image:
     """`decode_image` of the bytes of a picture file; `name` is what errors call it."""
     if not data:
-        raise ImageError(name, "empty")
+        raise ImageError(name, "empty", code="picture-empty")
 
     def decode() -> Image.Image:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -113,22 +113,26 @@ def read_picture_file(source: str | os.PathLike[str]) -> bytes:
         # O_NONBLOCK: a named pipe called x.jpg must not hang the run.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
-        raise ImageError(path, f"cannot be opened ({error.strerror})") from error
+        raise ImageError(path, f"cannot be opened ({error.strerror})", code=code_of(error, "unreadable")) from error
     except ValueError as error:
         raise ImageError(path, f"cannot be opened ({error})") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise ImageError(path, "not a regular file")
+        raise ImageError(path, "not a regular file", code="not-a-file")
     with open(descriptor, "rb") as file:
         if status.st_size == 0:
-            raise ImageError(path, "empty file")
+            raise ImageError(path, "empty file", code="picture-empty")
         if status.st_size > MAX_FILE_BYTES:
-            raise ImageError(path, f"too large: {status.st_size:,} bytes, at most {MAX_FILE_BYTES:,} are accepted")
+            raise ImageError(
+                path,
+                f"too large: {status.st_size:,} bytes, at most {MAX_FILE_BYTES:,} are accepted",
+                code="picture-too-large",
+            )
         try:
             return file.read()
         except OSError as error:
-            raise ImageError(path, f"cannot be read ({error.strerror})") from error
+            raise ImageError(path, f"cannot be read ({error.strerror})", code=code_of(error, "unreadable")) from error
 
 
 def _from_array(pixels: npt.NDArray[np.uint8]) -> Image.Image:
@@ -143,9 +147,13 @@ def _from_array(pixels: npt.NDArray[np.uint8]) -> Image.Image:
 def _checked_rgb(name: str, image: Image.Image) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageError(name, f"too large: {width}x{height} pixels, at most {MAX_PIXELS:,} are accepted")
+        raise ImageError(
+            name, f"too large: {width}x{height} pixels, at most {MAX_PIXELS:,} are accepted", code="picture-too-large"
+        )
     if min(width, height) < MIN_SIDE_PIXELS:
-        raise ImageError(name, f"too small: {width}x{height} pixels, at least {MIN_SIDE_PIXELS} a side")
+        raise ImageError(
+            name, f"too small: {width}x{height} pixels, at least {MIN_SIDE_PIXELS} a side", code="picture-too-small"
+        )
     image.load()
     rgb = _to_rgb(name, image)
     rgb.info = image.info  # where the orientation is
@@ -159,7 +167,8 @@ def _guarded(name: str, data: bytes, decode: Callable[[], Image.Image]) -> Image
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more on damaged files
-        raise ImageError(name, _why_unreadable(data, error)) from error
+        reason, code = _why_unreadable(data, error)
+        raise ImageError(name, reason, code) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -172,7 +181,11 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(path: str, image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
-        raise ImageError(path, f"pixels of type {image.mode} have no defined range; save it with 8 or 16 bits")
+        raise ImageError(
+            path,
+            f"pixels of type {image.mode} have no defined range; save it with 8 or 16 bits",
+            code="picture-pixel-type",
+        )
     width, height = image.size
     rows = max(1, _PIXELS_AT_ONCE // width)
     if height <= rows or (image.mode == "RGB" and not image.has_transparency_data):
@@ -195,12 +208,13 @@ def _strip_to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _why_unreadable(data: bytes, error: Exception) -> str:
+def _why_unreadable(data: bytes, error: Exception) -> tuple[str, str]:
+    """The reason and its code."""
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return f"too large: at most {MAX_PIXELS:,} pixels are accepted"
+        return f"too large: at most {MAX_PIXELS:,} pixels are accepted", "picture-too-large"
     start = data[:512].lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html")):
-        return "not a picture (looks like an HTML page)"
+        return "not a picture (looks like an HTML page)", "not-a-picture"
     if isinstance(error, UnidentifiedImageError):
-        return f"not a picture of a supported format ({', '.join(FORMATS)})"
-    return f"damaged or truncated ({type(error).__name__}: {error})"
+        return f"not a picture of a supported format ({', '.join(FORMATS)})", "not-a-picture"
+    return f"damaged or truncated ({type(error).__name__}: {error})", "picture-damaged"

@@ -24,10 +24,11 @@ def private_folder(path: Path) -> Path:
     status = path.stat()
     if status.st_uid != os.geteuid():
         raise EnvironmentFault(
-            f"{path}: belongs to user {status.st_uid}, expected {os.geteuid()}; choose another folder"
+            f"{path}: belongs to user {status.st_uid}, expected {os.geteuid()}; choose another folder",
+            code="unsafe-folder",
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise EnvironmentFault(f"{path}: others may write into it; run: chmod go-w {path}")
+        raise EnvironmentFault(f"{path}: others may write into it; run: chmod go-w {path}", code="unsafe-folder")
     return path
 
 

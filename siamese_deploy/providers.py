@@ -142,7 +142,8 @@ def open_session(
             if any(words in str(error) for words in _OUT_OF_RESOURCES):
                 raise ProviderError(
                     f"provider {provider}: ONNX Runtime {ort.__version__} cannot open {name}: {_line(error)}; free "
-                    "memory, or use fewer --threads"
+                    "memory, or use fewer --threads",
+                    code="out-of-memory",
                 ) from error
             kind = ProviderError if provider != "cpu" else BundleError
             raise kind(f"{name}: ONNX Runtime {ort.__version__} refuses it on {provider}: {_line(error)}") from error
@@ -198,7 +199,8 @@ def run_session(run: Callable[..., list[Any]], output: str, inputs: dict[str, An
         version = import_onnxruntime().__version__
         raise ProviderError(
             f"provider {provider}: ONNX Runtime {version} failed while running: {_line(error)}; "
-            "free memory, or check that this build of it supports the device"
+            "free memory, or check that this build of it supports the device",
+            code="provider-failed",
         ) from error
 
 

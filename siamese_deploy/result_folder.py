@@ -49,7 +49,8 @@ def result_folder(out_path: Path) -> Iterator[Path]:
         if foreign:
             raise UsageError(
                 f"{out_path}: holds {len(foreign)} files with names of results that this program did not write there "
-                f"({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}); choose another folder"
+                f"({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}); choose another folder",
+                code="output-exists",
             )
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=out_path))
         try:

@@ -285,7 +285,7 @@ class OnnxVerifier:
         placed = run_session(run, EMBEDDINGS, {IMAGES: np.ascontiguousarray(images)}, self.provider)
         embeddings = placed.numpy()
         if not np.isfinite(embeddings).all():
-            raise IntegrityError("the network gives no finite embedding (NaN or infinity)")
+            raise IntegrityError("the network gives no finite embedding (NaN or infinity)", code="not-finite")
         for embedding in embeddings:
             require_signal("picture", embedding)
         return placed
@@ -332,7 +332,7 @@ class OnnxVerifier:
         for batch in embed_pictures(self, (left, right), cache=self.cache):
             for item in batch:
                 if item.vector is None:
-                    raise ImageError(item.name, item.reason)
+                    raise ImageError(item.name, item.reason, item.code)
                 require_signal(item.name, item.vector)
                 vectors.append(item.vector)
         return float(self.score(vectors[0][None], vectors[1][None])[0])
@@ -376,11 +376,14 @@ class OnnxVerifier:
             raise IntegrityError(
                 f"golden check failed on {self.provider}: relative embedding error {error:.2g} (at most "
                 f"{limit}), score {score:.6f} (expected {golden.score:.6f}); the bundle does not "
-                "answer here as it did at export"
+                "answer here as it did at export",
+                code="golden-check",
             )
 
 
 def _checked(scores: Scores) -> Scores:
     if not ((scores >= 0) & (scores <= 1)).all():  # NaN is neither
-        raise IntegrityError("the network gives scores that are NaN or outside [0, 1]; the model is damaged")
+        raise IntegrityError(
+            "the network gives scores that are NaN or outside [0, 1]; the model is damaged", code="not-finite"
+        )
     return scores

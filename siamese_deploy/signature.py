@@ -67,7 +67,8 @@ class VerifyKey:
         except InvalidSignature as error:
             raise BundleError(
                 f"{bundle}: is not what the owner of {self._path} signed; do not use it, and get it again from whom "
-                "you trust (or the right key)"
+                "you trust (or the right key)",
+                code="bundle-signature",
             ) from error
 
 
@@ -80,7 +81,7 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
         key = load_pem_private_key(data, None)
     except TypeError as error:
         raise IntegrityError(
-            f"{path}: the key has a password; expected one without (openssl pkey removes it)"
+            f"{path}: the key has a password; expected one without (openssl pkey removes it)", code="key-unusable"
         ) from error
     except Exception as error:  # a parser of strangers' bytes, which promises no more than that it raises
         raise _no_key(path, "private") from error
@@ -104,7 +105,10 @@ def _public_key(path: Path) -> Ed25519PublicKey:
 
 
 def _no_key(path: Path, which: str) -> IntegrityError:
-    return IntegrityError(f"{path}: expected an Ed25519 {which} key in PEM form (docs/bundle.md says how to make one)")
+    return IntegrityError(
+        f"{path}: expected an Ed25519 {which} key in PEM form (docs/bundle.md says how to make one)",
+        code="key-unusable",
+    )
 
 
 def _read_key(path: Path) -> bytes:
@@ -112,6 +116,6 @@ def _read_key(path: Path) -> bytes:
         with open(path, "rb") as file:
             return file.read(_MAX_KEY_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputDataError(f"{path}: no such key file") from error
+        raise InputDataError(f"{path}: no such key file", code="not-found") from error
     except IsADirectoryError as error:
         raise InputDataError(f"{path}: is a folder; expected a key file") from error

@@ -39,9 +39,9 @@ def open_text(file: Path, expected: str) -> TextIO:
     """
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):
-            raise InputDataError(f"{file}: not a regular file; expected {expected}")
+            raise InputDataError(f"{file}: not a regular file; expected {expected}", code="not-a-file")
         return open(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     except PermissionError as error:
-        raise EnvironmentFault(f"{file}: no permission to read this file") from error
+        raise EnvironmentFault(f"{file}: no permission to read this file", code="permission") from error
     except OSError as error:
-        raise InputDataError(f"{file}: {error.strerror}; expected {expected}") from error
+        raise InputDataError(f"{file}: {error.strerror}; expected {expected}", code="not-found") from error

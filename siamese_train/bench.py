@@ -85,7 +85,9 @@ def held_against(checkpoint: Checkpoint, evaluated: Evaluate, contender: Contend
         worst = float(np.abs(work.expected - evaluated(folder, pairs).expected).max())
         limit = max(PARITY, contender.tolerance)
         if not worst <= limit:
-            raise IntegrityError(f"scores differ from the checkpoint's by up to {worst:.2g} (at most {limit:g})")
+            raise IntegrityError(
+                f"scores differ from the checkpoint's by up to {worst:.2g} (at most {limit:g})", code="scores-differ"
+            )
         return work
 
     return replace(contender, evaluate=evaluate)

@@ -95,22 +95,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: not a checkpoint, damaged, or of a newer format.
     """
     if not path.exists():
-        raise InputDataError(f"{path}: no such checkpoint")
+        raise InputDataError(f"{path}: no such checkpoint", code="not-found")
     if path.is_dir():
         bundle = (path / "manifest.json").exists()
         hint = "a bundle; evaluate it with siamese-eval" if bundle else "a folder; name the .pth file in it"
-        raise CheckpointError(f"{path}: expected a checkpoint file, got {hint}")
+        raise CheckpointError(f"{path}: expected a checkpoint file, got {hint}", code="not-a-checkpoint")
     data = path.read_bytes()  # once, so that the digest is that of the weights whatever happens to the file meanwhile
     content = load_safely(path, data)
     for key, kind in _REQUIRED.items():
         if not isinstance(content.get(key), kind):
             found = "nothing" if key not in content else type(content[key]).__name__
-            raise CheckpointError(f"{path}: is no checkpoint ({key}: expected {kind.__name__}, got {found})")
+            raise CheckpointError(
+                f"{path}: is no checkpoint ({key}: expected {kind.__name__}, got {found})", code="not-a-checkpoint"
+            )
     own = content.get("siamese_toolkit", {})
     if not isinstance(own, dict):
         raise CheckpointError(f"{path}: siamese_toolkit: expected dict, got {type(own).__name__}")
     if own and own.get("format") != 1:
-        raise CheckpointError(f"{path}: format {own.get('format')}, this program reads 1; use a newer version of it")
+        raise CheckpointError(
+            f"{path}: format {own.get('format')}, this program reads 1; use a newer version of it", code="other-version"
+        )
     settings = {"image_size": REFERENCE_IMAGE_SIZE, "embedding_dim": 0}
     if own:
         saved = own.get("config")

@@ -135,7 +135,7 @@ class AugmentedPictures(Dataset[Item]):
         try:
             picture = self.cache.picture(key.image)
         except ImageError as error:
-            return SkippedFile(folder.paths[key.image], error.reason)
+            return SkippedFile(folder.paths[key.image], error.reason, error.code)
         # A sequence of seeds, as NumPy recommends for independent streams.
         random = np.random.default_rng([self.seed, key.epoch, key.position])
         return resize_image(self.augmentation(picture, random), self.preprocess.size_hw), int(folder.labels[key.image])
@@ -150,7 +150,7 @@ class EmbeddedPictures(Dataset[Item]):
     def __getitem__(self, key: PictureKey) -> Item:
         row = self.embeddings.row_of_image[key.image]
         if row < 0:
-            return SkippedFile(self.folder.paths[key.image], "could not be embedded")
+            return SkippedFile(self.folder.paths[key.image], "could not be embedded", code="unreadable")
         return self.embeddings.vectors[row], int(self.folder.labels[key.image])
 
 

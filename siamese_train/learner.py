@@ -102,7 +102,7 @@ class Learner:
         _seed_dropout(config.seed, epoch, step, 0)  # in the head the same in every process
         scores, identities = self._compare(embeddings, left, right)
         if not bool(torch.isfinite(scores).all()):  # the loss would end a CUDA process on NaN
-            raise IntegrityError("a training score is NaN or infinite")
+            raise IntegrityError("a training score is NaN or infinite", code="not-finite")
         is_same = labels[left] == labels[right]
         weights = pair_weights(is_same) if config.pairing == "batch" else torch.ones_like(scores)
         pair_loss = F.binary_cross_entropy(

@@ -60,7 +60,10 @@ def resume(config: TrainConfig, data: dict[str, Any], learner: Learner) -> Progr
         return None
     own = checkpoint.training
     if "progress" not in own:
-        raise CheckpointError(f"{checkpoint.path}: holds weights and no run to resume; start from it with --weights")
+        raise CheckpointError(
+            f"{checkpoint.path}: holds weights and no run to resume; start from it with --weights",
+            code="not-a-checkpoint",
+        )
     # A setting that the run's version did not know yet had its default.
     defaults = TrainConfig(config.train_path, config.val_path, config.out_path).decisive_settings()
     before = defaults | own["config"] | {"device": own["device"]}
@@ -68,10 +71,14 @@ def resume(config: TrainConfig, data: dict[str, Any], learner: Learner) -> Progr
     changed_data = _changes(own["data"], data, "")
     if changed_data and not config.resume_changed:
         raise InputDataError(
-            f"pictures changed since {checkpoint.path}: {changed_data}; --resume_changed goes on anyway"
+            f"pictures changed since {checkpoint.path}: {changed_data}; --resume_changed goes on anyway",
+            code="pictures-changed",
         )
     if changed and not config.resume_changed:
-        raise UsageError(f"settings changed since {checkpoint.path}: {changed}; --resume_changed goes on anyway")
+        raise UsageError(
+            f"settings changed since {checkpoint.path}: {changed}; --resume_changed goes on anyway",
+            code="settings-changed",
+        )
 
     source = str(checkpoint.path)
     try:

@@ -43,7 +43,9 @@ def torch_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:  # PyTorch's own are all of this kind; only their texts tell them apart
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise EnvironmentFault(f"PyTorch: {lines[0] if lines else type(error).__name__}") from error
+        raise EnvironmentFault(
+            f"PyTorch: {lines[0] if lines else type(error).__name__}", code="provider-failed"
+        ) from error
 
 
 class RoutedVerifier(TorchVerifier):

@@ -87,6 +87,7 @@ def choose_device(asked: str) -> torch.device:
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= n_gpus:
         raise EnvironmentFault(
-            f"--device {asked}: PyTorch {torch.__version__} sees {n_gpus} CUDA devices; use --device cpu"
+            f"--device {asked}: PyTorch {torch.__version__} sees {n_gpus} CUDA devices; use --device cpu",
+            code="provider-unavailable",
         )
     return device

@@ -208,7 +208,7 @@ def _train(config: TrainConfig, processes: Processes) -> None:
                         try:
                             result = learner.learn(batch, epoch, progress.step)
                         except IntegrityError as error:
-                            raise IntegrityError(_not_finite("training", epoch, config)) from error
+                            raise IntegrityError(_not_finite("training", epoch, config), code="not-finite") from error
                         if result:
                             loss_sum += result.loss_sum  # in place, as save_within_epoch reads it
                             correct += result.correct
@@ -222,7 +222,9 @@ def _train(config: TrainConfig, processes: Processes) -> None:
                         let_interrupts_through(save_within_epoch)
                 images_per_s = n_images / (time.monotonic() - epoch_started)
                 if progress.n_pairs == 0:
-                    raise InputDataError(f"{config.train_path}: no training pair can be read; {skipped.first()}")
+                    raise InputDataError(
+                        f"{config.train_path}: no training pair can be read; {skipped.first()}", code="no-pictures"
+                    )
                 skipped.gather(processes)
 
                 if processes.is_first:
@@ -233,7 +235,7 @@ def _train(config: TrainConfig, processes: Processes) -> None:
                         else:
                             evaluation = evaluate_pairs(verifier, val_folder, val_pairs)
                     except IntegrityError as error:
-                        raise IntegrityError(_not_finite("validation", epoch, config)) from error
+                        raise IntegrityError(_not_finite("validation", epoch, config), code="not-finite") from error
                     skipped.add(config.val_path, evaluation.skipped)
 
                     # record
@@ -284,7 +286,8 @@ def _check_batches(config: TrainConfig, sampler: EpochSampler, folder: ImageFold
     if sampler.steps_per_epoch == 0:
         raise InputDataError(
             f"{config.train_path}: {len(folder)} pictures are fewer than one batch of {config.batch_size}; "
-            "add pictures or lower --batch_size"
+            "add pictures or lower --batch_size",
+            code="too-few-pictures",
         )
     # Two pairs for the head's BatchNorm, and two pictures in every process for the backbone's.
     least = 2 * n_processes if config.pairing == "reference" else max(3, 2 * n_processes)
@@ -338,14 +341,14 @@ class _SkippedPictures:
     def add(self, root: Path, files: Iterable[SkippedFile]) -> None:
         for file in files:
             path = str(root / file.path)
-            self._files.setdefault(path, SkippedFile(path, file.reason))
+            self._files.setdefault(path, SkippedFile(path, file.reason, file.code))
 
     def gather(self, processes: Processes) -> None:
         """Add those of the other processes."""
-        mine = json.dumps([(file.path, file.reason) for file in self._files.values()])
+        mine = json.dumps([(file.path, file.reason, file.code) for file in self._files.values()])
         for text in processes.texts(mine):
-            for path, reason in json.loads(text):
-                self._files.setdefault(path, SkippedFile(path, reason))
+            for path, reason, code in json.loads(text):
+                self._files.setdefault(path, SkippedFile(path, reason, code))
 
     def first(self) -> str:
         for file in self._files.values():
@@ -368,7 +371,8 @@ def _refuse_used_folder(out_path: Path) -> None:
     if checkpoints:
         raise UsageError(
             f"{out_path}: holds checkpoints of an earlier run ({checkpoints[0]}, ...); go on with it by --resume, or "
-            "choose another folder"
+            "choose another folder",
+            code="output-exists",
         )
 
 

@@ -38,7 +38,7 @@ def load_initial_weights(model: SiameseNetwork, backbone: str, weights: str, emb
     if weights == "default":
         state = _pretrained_state(backbone)
     elif not Path(weights).is_file():
-        raise InputDataError(f"--weights {weights}: no such file; expected default, none or a file")
+        raise InputDataError(f"--weights {weights}: no such file; expected default, none or a file", code="not-found")
     else:
         state = load_safely(Path(weights), Path(weights).read_bytes())
     if isinstance(state.get("model_state_dict"), dict):
@@ -83,7 +83,7 @@ def load_strictly(module: nn.Module, state: dict[str, Any], source: str) -> None
     }
     if any(differing.values()):
         lists = (f"{len(keys)} {what}: {_first(keys)}" for what, keys in differing.items() if keys)
-        raise CheckpointError(f"{source}: weights of another network; {'; '.join(lists)}")
+        raise CheckpointError(f"{source}: weights of another network; {'; '.join(lists)}", code="other-network")
     converted = [key for key in own if state[key].dtype != own[key].dtype]
     if converted:
         first = f"{converted[0]} from {state[converted[0]].dtype} to {own[converted[0]].dtype}"
@@ -102,7 +102,9 @@ def require_finite(state: dict[str, Any], source: str) -> None:
         if not is_tensor or value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_complex():
             raise CheckpointError(f"{source}: {key}: expected a dense tensor, got {type(value).__name__}")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"{source}: {key} holds NaN or infinity; take an earlier checkpoint of the run")
+            raise CheckpointError(
+                f"{source}: {key} holds NaN or infinity; take an earlier checkpoint of the run", code="not-finite"
+            )
 
 
 def _first(keys: list[str], most: int = 5) -> str:
@@ -119,7 +121,8 @@ def _pretrained_state(backbone: str) -> dict[str, Any]:
         except (URLError, OSError, RuntimeError) as error:
             raise EnvironmentFault(
                 f"the pretrained weights of {backbone} are not on this machine and cannot be fetched ({error}); place "
-                f"{url} at {file}, or train from random weights with --weights none"
+                f"{url} at {file}, or train from random weights with --weights none",
+                code="weights-missing",
             ) from error
     elif not hashlib.sha256(file.read_bytes()).hexdigest().startswith(_hash_prefix(file)):
         raise CheckpointError(f"{file}: damaged (its SHA-256 does not begin with its name's); place {url} there again")
@@ -169,7 +172,9 @@ def load_safely(path: Path, data: bytes) -> dict[str, Any]:
         reason = str(error).strip().partition("\n")[0][:200]
         raise CheckpointError(f"{path}: damaged, or no checkpoint ({type(error).__name__}: {reason})") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: is no checkpoint (expected a dictionary, got {type(content).__name__})")
+        raise CheckpointError(
+            f"{path}: is no checkpoint (expected a dictionary, got {type(content).__name__})", code="not-a-checkpoint"
+        )
     return content
 
 

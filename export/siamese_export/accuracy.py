@@ -64,7 +64,8 @@ def validation_folder(val_path: Path, target_far: float | None) -> ImageFolder:
     if target_far is not None and different < different_pairs_needed(target_far):
         raise InputDataError(
             f"{val_path}: a false accept rate of {target_far:g} needs {different_pairs_needed(target_far):,} pairs of "
-            f"different classes, got {different:,}; add pictures or choose a higher --target_far"
+            f"different classes, got {different:,}; add pictures or choose a higher --target_far",
+            code="too-few-pairs",
         )
     return folder
 
@@ -82,7 +83,9 @@ def measure_accuracy(verifier: Verifier, folder: ImageFolder, target_far: float 
     scores, is_same = evaluation.scores, evaluation.pairs.is_same
     roc_auc, equal = evaluation.metrics.roc_auc, equal_error_rate(scores, is_same)
     if roc_auc is None or equal is None:
-        raise InputDataError(f"{folder.root}: the readable pictures give pairs of one kind only; add pictures")
+        raise InputDataError(
+            f"{folder.root}: the readable pictures give pairs of one kind only; add pictures", code="too-few-pairs"
+        )
 
     def at(far: float) -> OperatingPoint | None:
         try:
@@ -173,7 +176,9 @@ def cost_of_precision(precision: str, float32: Accuracy, lowered: Accuracy, limi
     InputDataError: one of them was measured without a false accept rate that its pairs resolve.
     """
     if float32.operating_point is None or lowered.operating_point is None:
-        raise InputDataError(f"{float32.source}: too few pairs for a false accept rate of {float32.target_far:g}")
+        raise InputDataError(
+            f"{float32.source}: too few pairs for a false accept rate of {float32.target_far:g}", code="too-few-pairs"
+        )
     is_different = ~lowered.evaluation.pairs.is_same
     n_accepted = int(accepted(lowered.evaluation.scores[is_different], float32.operating_point.threshold).sum())
     before = round(float32.operating_point.far * int(is_different.sum()))

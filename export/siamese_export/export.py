@@ -235,7 +235,8 @@ def _require_recent_onnxruntime() -> None:
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_ONNXRUNTIME:
         raise EnvironmentFault(
             f"ONNX Runtime {version} is installed, export needs {'.'.join(map(str, MIN_ONNXRUNTIME))} or newer; "
-            "run: pip install --upgrade onnxruntime"
+            "run: pip install --upgrade onnxruntime",
+            code="package-too-old",
         )
 
 
@@ -254,7 +255,8 @@ def _refuse_too_large(checkpoint: Checkpoint, precision: str) -> bool:
     if not fits and precision != "fp16":
         raise CheckpointError(
             f"{checkpoint.path}: {checkpoint.backbone} takes {4 * numbers / 1e9:.1f} GB in float32, and one ONNX file "
-            "holds less than 2.1 GB; export it with --precision fp16"
+            "holds less than 2.1 GB; export it with --precision fp16",
+            code="network-too-large",
         )
     return fits
 
@@ -304,7 +306,8 @@ def _golden_of(files: list[bytes], preprocess: Preprocess, precision: str) -> Go
     score = float(run_session(head.run, SCORES, {LEFT: embedding, RIGHT: embedding}, "cpu")[0, 0])
     if not (np.isfinite(embedding).all() and np.isfinite(score)):
         raise ParityError(
-            f"in {precision} the network gives NaN or infinity; no bundle was written; choose a higher precision"
+            f"in {precision} the network gives NaN or infinity; no bundle was written; choose a higher precision",
+            code="not-finite",
         )
     return Golden(embedding[0], score)
 
@@ -335,7 +338,7 @@ def _parity_pictures(folder: ImageFolder | None, preprocess: Preprocess) -> tupl
         return np.stack([resize_image(image, preprocess.size_hw) for image in drawn]), "drawn characters"
     pictures = list(_readable(folder, preprocess))
     if not pictures:
-        raise InputDataError(f"{folder.root}: none of the pictures tried can be read")
+        raise InputDataError(f"{folder.root}: none of the pictures tried can be read", code="no-pictures")
     # A small folder is repeated, so that every batch size is measured.
     repeated = [pictures[i % len(pictures)] for i in range(PARITY_PICTURES)]
     return np.stack(repeated), f"{len(pictures)} of {folder.root.name}"

@@ -175,7 +175,7 @@ def calibration_images(
         if len(images) == count:
             break
     if not images:
-        raise InputDataError(f"{folder.root}: none of {len(folder)} pictures can be read")
+        raise InputDataError(f"{folder.root}: none of {len(folder)} pictures can be read", code="no-pictures")
     return np.stack(images), frozenset(digests)
 
 

@@ -84,7 +84,8 @@ def refuse_other_run(
     if baseline.pair_digest != workload["pair_digest"]:
         raise UsageError(
             f"{baseline.path}: measured with other pairs of pictures (digest {baseline.pair_digest[:16]} instead of "
-            f"{workload['pair_digest'][:16]}); give the same --val_path, --pairs and --seed"
+            f"{workload['pair_digest'][:16]}); give the same --val_path, --pairs and --seed",
+            code="other-pairs",
         )
     differing = [
         f"{name} {baseline.machine[name]} instead of {machine[name]}"

@@ -194,7 +194,9 @@ def _measured(scenario: _Scenario, pool: Executor, settings: Settings, limit: fl
 
     timing = measure(scenario.query(pool), keep, min_seconds=settings.min_seconds, min_queries=scenario.min_queries)
     if not worst <= limit:
-        raise IntegrityError(f"scores differ from the evaluation's by up to {worst:.2g} (at most {limit:g})")
+        raise IntegrityError(
+            f"scores differ from the evaluation's by up to {worst:.2g} (at most {limit:g})", code="scores-differ"
+        )
     latency, missing = percentiles_ms(timing.durations_ns)
     rate = float(np.median([window.queries_per_s for window in timing.windows]))
     counted = np.array(stages[-len(timing.durations_ns) :])

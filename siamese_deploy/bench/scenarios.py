@@ -84,7 +84,9 @@ def make_workload(verifier: Verifier, folder: ImageFolder, pairs: Pairs) -> Work
     rows = embeddings.row_of_image
     pairs = pairs.among(rows >= 0)
     if not len(pairs):
-        raise InputDataError(f"{folder.root}: no pair is left after {len(embeddings.skipped)} unreadable pictures")
+        raise InputDataError(
+            f"{folder.root}: no pair is left after {len(embeddings.skipped)} unreadable pictures", code="no-pairs"
+        )
     sides = np.stack([pairs.left, pairs.right], axis=1).ravel().tolist()
     return Workload(
         tuple(folder.absolute_path(image) for image in sides),

@@ -123,7 +123,9 @@ def _refuse_failure(rows: list[Row]) -> None:
     """
     wrong = [row for row in rows if row.status == "wrong"]
     if wrong:
-        raise IntegrityError(f"{len(wrong)} rows are wrong (first: {wrong[0].bundle} {_of(wrong[0])})")
+        raise IntegrityError(
+            f"{len(wrong)} rows are wrong (first: {wrong[0].bundle} {_of(wrong[0])})", code="scores-differ"
+        )
     if all(row.status == "failed" for row in rows):
         raise EnvironmentFault(f"no row worked (first: {rows[0].bundle} {_of(rows[0])})")
 

@@ -113,7 +113,9 @@ def _path(folder: Path | None) -> Path:
 
     folder = folder or default_cache_folder()
     if folder is None:
-        raise EnvironmentFault("there is no home folder to hold a cache; name a folder with --cache DIR")
+        raise EnvironmentFault(
+            "there is no home folder to hold a cache; name a folder with --cache DIR", code="no-home"
+        )
     return Path(os.path.abspath(folder), FILE_NAME)
 
 

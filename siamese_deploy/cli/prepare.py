@@ -49,7 +49,9 @@ def main(
         return
     root = default_engine_root()
     if root is None:
-        raise EnvironmentFault("no home folder to keep engines in; set XDG_CACHE_HOME to a folder of this user")
+        raise EnvironmentFault(
+            "no home folder to keep engines in; set XDG_CACHE_HOME to a folder of this user", code="no-home"
+        )
     before = published_engines(root)
     _open_in_child(bundle, provider, max_batch, accepted)
     after = published_engines(root)
@@ -93,7 +95,8 @@ def _open_in_child(bundle: Path, provider: str, max_batch: int | None, accepted:
         child.join()
         raise EnvironmentFault(
             f"{bundle}: the process that opened it on {provider} ended by itself (exit code {child.exitcode}; -9 "
-            "means out of memory); free memory or lower --max_batch"
+            "means out of memory); free memory or lower --max_batch",
+            code="process-died",
         ) from error
     finally:
         child.kill()  # a half-built engine is not believed

@@ -16,20 +16,11 @@ from siamese_deploy.image_folder import HIDDEN, IMAGE_EXTENSIONS, ImageFolder
 
 IMBALANCE_RATIO = 10
 _LEFT_BEHIND = ("thumbs.db", "desktop.ini")
-_CODE_OF_REASON = {
-    "broken link": "broken-link",
-    "not a regular file": "not-a-file",
-    "class folder without a picture": "empty-class",
-}
 
 
 def left_out(folder: ImageFolder) -> list[Finding]:
     """What `scan_image_folder` expected to use and could not."""
-    findings = []
-    for file in folder.skipped:
-        other = "unread-folder" if file.reason.startswith("folder cannot be read") else "unreadable"
-        findings.append(Finding(_CODE_OF_REASON.get(file.reason, other), (_shown(folder, file.path),), file.reason))
-    return findings
+    return [Finding(file.code, (_shown(folder, file.path),), file.reason) for file in folder.skipped]
 
 
 def class_findings(folder: ImageFolder, sizes: Mapping[str, int]) -> list[Finding]:

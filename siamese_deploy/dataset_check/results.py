@@ -118,7 +118,8 @@ def check_folder(out_path: Path) -> Iterator[None]:
         foreign = [name for name in FILES if (out_path / name).exists()]
         if foreign and not (out_path / MARKER).exists():
             raise UsageError(
-                f"{out_path}: holds {', '.join(foreign)} that this program did not write there; choose another folder"
+                f"{out_path}: holds {', '.join(foreign)} that this program did not write there; choose another folder",
+                code="output-exists",
             )
         yield
 

@@ -35,7 +35,10 @@ def reembed(folder: str | os.PathLike[str], verifier: OnnxVerifier, *, show_prog
         change, pictures = snapshot.rows.change, snapshot.pictures()
     damaged = [picture for picture in pictures if picture.damaged]
     if damaged:
-        raise IntegrityError(f"{folder}: {len(damaged)} rows are damaged (first: {damaged[0].name}); remove them first")
+        raise IntegrityError(
+            f"{folder}: {len(damaged)} rows are damaged (first: {damaged[0].name}); remove them first",
+            code="gallery-rows-damaged",
+        )
     vectors, missing = [], []
     sources: list[Picture] = [picture.source for picture in pictures]
     with (
@@ -54,7 +57,8 @@ def reembed(folder: str | os.PathLike[str], verifier: OnnxVerifier, *, show_prog
     if missing:
         raise InputDataError(
             f"{folder}: {len(missing)} of {len(pictures)} source pictures are gone or changed (first: {missing[0]}); "
-            "nothing was changed; put them back, or remove these identities"
+            "nothing was changed; put them back, or remove these identities",
+            code="pictures-changed",
         )
     dim = verifier.embedding_dim
     store.replace_model(

@@ -122,7 +122,8 @@ class Gallery:
         """
         enrolment = self._enrol([(name, list(pictures))], add, replace, doubles, show_progress=False)
         if enrolment.refused:
-            raise InputDataError(f"{name}: {enrolment.refused[0].reason}")
+            refused = enrolment.refused[0]
+            raise InputDataError(f"{name}: {refused.reason}", code=refused.code)
         return enrolment
 
     def enrol_folder(
@@ -182,15 +183,17 @@ class Gallery:
                 let_interrupts_through()
         if pictures and len(enrolment.skipped) == len(pictures):
             first = enrolment.skipped[0]
-            raise InputDataError(f"none of {len(pictures)} pictures can be read ({first.path}: {first.reason}, ...)")
+            raise InputDataError(
+                f"none of {len(pictures)} pictures can be read ({first.path}: {first.reason}, ...)", code="no-pictures"
+            )
         return enrolment
 
     def _commit(self, groups: list[Group], add: bool, replace: bool, doubles: bool, enrolment: Enrolment) -> None:
         if not groups:
             return
         for group, outcome in zip(groups, self.store.enrol(groups, add=add, replace=replace), strict=True):
-            if isinstance(outcome, str):
-                enrolment.refused.append(SkippedFile(group.name, outcome))
+            if isinstance(outcome, SkippedFile):
+                enrolment.refused.append(outcome)
                 continue
             enrolment.identities += bool(outcome)
             enrolment.pictures += len(outcome)
@@ -249,7 +252,9 @@ class Gallery:
         _, scores = self._score_rows(self._embed(picture), only=name)
         scores = scores[np.isfinite(scores)]
         if len(scores) == 0:
-            raise InputDataError(f"{name}: no such identity in {self.store.folder}, or its rows are damaged")
+            raise InputDataError(
+                f"{name}: no such identity in {self.store.folder}, or its rows are damaged", code="not-enrolled"
+            )
         return Candidate(name, float(scores.max()), len(scores))
 
     def _embed(self, picture: Picture) -> Embeddings:
@@ -258,7 +263,7 @@ class Gallery:
                 if item.vector is not None:
                     require_signal(item.name, item.vector)
                     return item.vector
-                raise ImageError(item.name, item.reason)
+                raise ImageError(item.name, item.reason, item.code)
         raise AssertionError("one picture in, one out")
 
     def _identification(
@@ -350,7 +355,7 @@ def twins(names: Sequence[str]) -> list[tuple[str, str]]:
 def _group(name: str, items: list[EmbeddedPicture], enrolment: Enrolment) -> list[Group]:
     """The identity with those of its pictures that could be read, if any; the others are noted."""
     readable = [item for item in items if item.vector is not None]
-    enrolment.skipped += [SkippedFile(item.name, item.reason) for item in items if item.vector is None]
+    enrolment.skipped += [SkippedFile(item.name, item.reason, item.code) for item in items if item.vector is None]
     if not readable:
         return []
     for item in readable:

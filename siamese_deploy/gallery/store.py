@@ -25,6 +25,7 @@ import numpy.typing as npt
 from siamese_deploy.durable_files import fsync_path
 from siamese_deploy.errors import BusyError, EnvironmentFault, InputDataError, IntegrityError
 from siamese_deploy.gallery.vectors import VectorFile, checksums, cut_behind, new_vectors_name, write_slots
+from siamese_deploy.image_folder import SkippedFile
 from siamese_deploy.private_folder import private_folder
 from siamese_deploy.verifier import Embeddings
 
@@ -196,7 +197,9 @@ class GalleryStore:
         with self._reading() as database:
             return _pictures(database, name)
 
-    def enrol(self, groups: Sequence[Group], *, add: bool = False, replace: bool = False) -> list[list[int] | str]:
+    def enrol(
+        self, groups: Sequence[Group], *, add: bool = False, replace: bool = False
+    ) -> list[list[int] | SkippedFile]:
         """Add pictures of several identities, each whole or not at all; on the disk when this returns.
 
         Pictures that are enrolled under the same name already are left alone, unless their row is damaged.
@@ -210,9 +213,11 @@ class GalleryStore:
         """
         for group in groups:
             if not np.isfinite(group.vectors).all():
-                raise IntegrityError("an embedding is not finite (NaN or infinity); nothing was enrolled")
+                raise IntegrityError(
+                    "an embedding is not finite (NaN or infinity); nothing was enrolled", code="not-finite"
+                )
         self._announce_use_of_slots(sum(len(group.pictures) for group in groups))
-        outcomes: list[list[int] | str] = []
+        outcomes: list[list[int] | SkippedFile] = []
         slots: list[int] = []
         vectors: list[Embeddings] = []
         with self._writing() as database:
@@ -242,7 +247,9 @@ class GalleryStore:
             for name in dict.fromkeys(names):
                 count = _free(database, name)
                 if not count:
-                    raise InputDataError(f"{name}: no such identity in {self.folder}; nothing was removed")
+                    raise InputDataError(
+                        f"{name}: no such identity in {self.folder}; nothing was removed", code="not-enrolled"
+                    )
                 removed += count
         self._tidy_up()
         return removed
@@ -307,7 +314,7 @@ class GalleryStore:
                 pass
         except (BusyError, EnvironmentFault) as error:
             raise type(error)(
-                f"{error}; removed, but not yet overwritten on the disk: the next change does it"
+                f"{error}; removed, but not yet overwritten on the disk: the next change does it", code=error.code
             ) from error
 
     def _tidy(self, database: sqlite3.Connection) -> None:
@@ -331,7 +338,9 @@ class GalleryStore:
         path = self.folder / DATABASE
         try:
             if path.exists() and path.stat().st_nlink > 1:
-                raise IntegrityError(f"{path}: has a second name (hard link), which SQLite does not survive; copy it")
+                raise IntegrityError(
+                    f"{path}: has a second name (hard link), which SQLite does not survive; copy it", code="hard-link"
+                )
             # A connection for each piece of work: threads share none.
             database = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
             # Where a flipped bit makes a text invalid, its seal tells.
@@ -345,14 +354,19 @@ class GalleryStore:
                 (application,) = database.execute("PRAGMA application_id").fetchone()
                 (version,) = database.execute("PRAGMA user_version").fetchone()
                 if tables and application != _APPLICATION_ID:
-                    raise IntegrityError(f"{path}: is another program's database; choose another folder")
+                    raise IntegrityError(
+                        f"{path}: is another program's database; choose another folder", code="not-ours"
+                    )
                 if version > _FORMAT:
-                    raise IntegrityError(f"{path}: format {version}, this program reads {_FORMAT}; use a newer version")
+                    raise IntegrityError(
+                        f"{path}: format {version}, this program reads {_FORMAT}; use a newer version",
+                        code="other-version",
+                    )
                 yield database
             finally:
                 database.close()  # rolls back what was not committed
         except UnicodeDecodeError as error:  # SQLite quotes a damaged schema in its message
-            raise IntegrityError(f"{path}: damaged; restore it from a copy") from error
+            raise IntegrityError(f"{path}: damaged; restore it from a copy", code="gallery-damaged") from error
         except sqlite3.Error as error:
             raise _as_ours(path, error) from error
 
@@ -377,26 +391,30 @@ class GalleryStore:
     def _model(self, database: sqlite3.Connection) -> tuple[str, int, str]:
         rows = database.execute("SELECT bundle_digest, dim, vectors, seal FROM model").fetchall()
         if len(rows) != 1 or _seal(*rows[0][:3]) != rows[0][3]:
-            raise IntegrityError(f"{self.folder / DATABASE}: damaged (model record); restore it from a copy")
+            raise IntegrityError(
+                f"{self.folder / DATABASE}: damaged (model record); restore it from a copy", code="gallery-damaged"
+            )
         digest, dim, vectors, _ = rows[0]
         if self.bundle_digest not in (None, digest):
             raise IntegrityError(
                 f"{self.folder}: is enrolled with another bundle (expected {digest[:12]}, got "
-                f"{str(self.bundle_digest)[:12]}); use that one, or run: siamese gallery reembed"
+                f"{str(self.bundle_digest)[:12]}); use that one, or run: siamese gallery reembed",
+                code="gallery-other-bundle",
             )
         return digest, dim, vectors
 
 
 def _new_pictures(
     database: sqlite3.Connection, stored: VectorFile, group: Group, add: bool, replace: bool
-) -> list[int] | str:
+) -> list[int] | SkippedFile:
     """Indices of those to insert, or why none may be. Rows that give way to them are freed."""
     new: dict[bytes, int] = {}
     damaged: list[int] = []
     for k, picture in enumerate(group.pictures):
         row = database.execute(f"{_ROWS} WHERE sha256 = ?", (picture.sha256,)).fetchone()
         if row is not None and row[1] != group.name:
-            return f"{picture.source or 'the picture'} is enrolled as {row[1]} already"
+            reason = f"{picture.source or 'the picture'} is enrolled as {row[1]} already"
+            return SkippedFile(group.name, reason, code="enrolled-elsewhere")
         is_damaged = row is not None and (_seal(*row[:6]) != row[6] or stored.checksum(row[0]) != row[5])
         if is_damaged:
             damaged.append(row[0])
@@ -404,7 +422,8 @@ def _new_pictures(
             new.setdefault(picture.sha256, k)
     known = database.execute("SELECT 1 FROM identity WHERE name = ?", (group.name,)).fetchone()
     if known and len(new) > len(damaged) and not (add or replace):
-        return f"is enrolled already; --add adds the {len(new)} new pictures, --replace takes them instead"
+        reason = f"is enrolled already; --add adds the {len(new)} new pictures, --replace takes them instead"
+        return SkippedFile(group.name, reason, code="already-enrolled")
     if replace and new:
         _free(database, group.name)
     else:
@@ -525,7 +544,9 @@ def _seal(*values: object) -> bytes:
 
 
 def _no_gallery(folder: Path, what: str) -> InputDataError:
-    return InputDataError(f"{folder}: is no gallery ({DATABASE} is {what}); siamese gallery enrol makes one")
+    return InputDataError(
+        f"{folder}: is no gallery ({DATABASE} is {what}); siamese gallery enrol makes one", code="not-found"
+    )
 
 
 def _as_ours(path: Path, error: sqlite3.Error) -> Exception:
@@ -533,5 +554,5 @@ def _as_ours(path: Path, error: sqlite3.Error) -> Exception:
     if "locked" in text or "busy" in text:
         return BusyError(f"{path}: another process has held it for {_BUSY_S:.0f} s; try again")
     if any(word in text for word in ("full", "readonly", "unable to open", "disk I/O", "permission")):
-        return EnvironmentFault(f"{path}: {text}")
-    return IntegrityError(f"{path}: damaged or no gallery ({text}); restore it from a copy")
+        return EnvironmentFault(f"{path}: {text}", code="disk-full" if "full" in text else "environment")
+    return IntegrityError(f"{path}: damaged or no gallery ({text}); restore it from a copy", code="gallery-damaged")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from siamese_deploy.durable_files import fsync_path
-from siamese_deploy.errors import EnvironmentFault, IntegrityError
+from siamese_deploy.errors import EnvironmentFault, IntegrityError, code_of
 from siamese_deploy.verifier import Embeddings
 
 
@@ -79,7 +79,10 @@ def write_slots(path: Path, slots: Sequence[int], vectors: Embeddings) -> None:
         os.fsync(descriptor)
         fsync_path(path.parent)
     except OSError as error:
-        raise EnvironmentFault(f"{path}: {error.strerror}; nothing was enrolled or changed by this step") from error
+        raise EnvironmentFault(
+            f"{path}: {error.strerror}; nothing was enrolled or changed by this step",
+            code=code_of(error, "environment"),
+        ) from error
     finally:
         os.close(descriptor)
 
@@ -99,11 +102,13 @@ def _opened(path: Path, flags: int) -> int:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR):
-            raise IntegrityError(f"{path}: is a link or a folder, expected a plain file; put the file back") from error
-        raise EnvironmentFault(f"{path}: {error.strerror}") from error
+            raise IntegrityError(
+                f"{path}: is a link or a folder, expected a plain file; put the file back", code="gallery-damaged"
+            ) from error
+        raise EnvironmentFault(f"{path}: {error.strerror}", code=code_of(error, "environment")) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise IntegrityError(f"{path}: expected a plain file; put the file back")
+        raise IntegrityError(f"{path}: expected a plain file; put the file back", code="gallery-damaged")
     return descriptor
 
 

@@ -98,7 +98,7 @@ def metrics_of_counts(counts: ScoreCounts, *, threshold: float = REFERENCE_THRES
     """
     pairs, same_pairs = counts.same_pairs + counts.different_pairs, counts.same_pairs
     if pairs == 0:
-        raise InputDataError("there is no pair to measure; expected at least one")
+        raise InputDataError("there is no pair to measure; expected at least one", code="no-pairs")
     not_computed: dict[str, str] = {}
     if not _has_both(counts):
         reason = f"needs pairs of both kinds, got {same_pairs:,} same and {counts.different_pairs:,} different"
@@ -216,7 +216,8 @@ def operating_point_of_counts(counts: ScoreCounts, far: float) -> OperatingPoint
         raise InputDataError(
             f"a false accept rate of {far:g} needs {needed:,} different pairs (so that {MIN_FALSE_ACCEPTS} may be "
             f"accepted) and a same pair, got {counts.different_pairs:,} and {counts.same_pairs:,}; add pictures or "
-            "choose a higher rate"
+            "choose a higher rate",
+            code="too-few-pairs",
         )
     allowed = int(far * counts.different_pairs + 1e-9)
     first = int(np.searchsorted(-counts.different_accepted, -allowed, side="left"))

@@ -151,7 +151,9 @@ def _checked(scores: Scores) -> Scores:
     scores = np.ascontiguousarray(scores, dtype=np.float32)
     bad = len(scores) - int(((scores >= 0) & (scores <= 1)).sum())  # NaN is neither
     if bad:
-        raise IntegrityError(f"{bad:,} of {len(scores):,} scores are NaN or outside [0, 1]; the model is damaged")
+        raise IntegrityError(
+            f"{bad:,} of {len(scores):,} scores are NaN or outside [0, 1]; the model is damaged", code="not-finite"
+        )
     return scores
 
 

@@ -48,4 +48,5 @@ def main(folder: Path, against: Path | None, near: int, strict: bool, as_json: b
             click.echo(line)
         if out_path:
             click.echo(one_line(f"written: {out_path}/findings.csv, findings.json and contact_sheet.png"))
-    sys.exit(report.exit_code(strict=strict))
+    if exit_code := report.exit_code(strict=strict):
+        sys.exit(exit_code)

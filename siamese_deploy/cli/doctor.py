@@ -41,4 +41,5 @@ def main(bundle: Path | None, provider: str, as_json: bool) -> None:
             if finding.remedy:
                 click.echo(one_line(f"{'':<9}{'':<{width}}  -> {finding.remedy}"))
         click.echo(one_line(f"verdict: {diagnosis.verdict}"))
-    sys.exit(diagnosis.exit_code)
+    if diagnosis.exit_code:
+        sys.exit(diagnosis.exit_code)

@@ -47,6 +47,15 @@ class VectorFile:
             done += count
         into.reshape(-1).view(np.uint8)[done:] = 0
 
+    def read_each(self, slots: Sequence[int], into: Embeddings) -> None:
+        """Fill `into`, (n, dim) float32, from these slots; what the file does not have is zero."""
+        size = self.dim * 4
+        view = memoryview(into.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        for k, slot in enumerate(slots):
+            piece = view[k * size : (k + 1) * size]
+            if self._descriptor < 0 or os.preadv(self._descriptor, [piece], slot * size) != size:
+                self.read(slot, into[k : k + 1])
+
     def checksum(self, slot: int) -> int:
         """Of one vector, as SQLite keeps it (signed)."""
         vector = np.empty((1, self.dim), np.float32)

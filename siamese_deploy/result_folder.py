@@ -44,6 +44,8 @@ def result_folder(out_path: Path) -> Iterator[Path]:
     with locked_folder(out_path):
         for stale in out_path.glob(f"{_STAGING}*"):  # left by a killed run: the lock proves that none is alive
             shutil.rmtree(stale)
+        for half_written in out_path.glob(f".{RECORD}.*.tmp"):
+            half_written.unlink()
         own = _recorded(out_path)
         foreign = sorted(name for name in os.listdir(out_path) if _OWN_NAME.fullmatch(name) and name not in own)
         if foreign:

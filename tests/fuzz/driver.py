@@ -32,7 +32,8 @@ SCALE = "SIAMESE_FUZZ"
 """Environment variable: inputs for each of the slow tests."""
 _LARGEST_KEPT = 100_000  # bytes; a larger find is named by its number
 _MOST_FINDINGS = 10
-_HANG_S = 60  # by the clock, as a child that sleeps takes no processor time
+# Processor time, and time by the clock for a child that sleeps; the machine may be busy with other things.
+_HANG = {signal.ITIMER_PROF: 30, signal.ITIMER_REAL: 600}
 
 
 def inputs(default: int) -> int:
@@ -186,7 +187,8 @@ def _child(name: str, folder: Path, seed: int, first: int, at: int, end: int, br
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**30, 2**30))
     _limit_address_space(target.memory_mib)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process even inside a library
+    for end_of_time in (signal.SIGALRM, signal.SIGPROF):  # they end the process even inside a library
+        signal.signal(end_of_time, signal.SIG_DFL)
     report = Report()
     place = at
     current = os.open(folder / "current", os.O_RDWR | os.O_CREAT)
@@ -204,7 +206,8 @@ def _child(name: str, folder: Path, seed: int, first: int, at: int, end: int, br
 
 
 def _one(target: Target, number: int, data: bytes, report: Report) -> None:
-    signal.setitimer(signal.ITIMER_REAL, _HANG_S)
+    for timer, limit_s in _HANG.items():
+        signal.setitimer(timer, limit_s)
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # the peak counts anew from here: making an input may take more than checking it
     started = time.process_time()
@@ -215,7 +218,8 @@ def _one(target: Target, number: int, data: bytes, report: Report) -> None:
         report.findings.append(Finding(number, f"{type(error).__name__}: {str(error)[:500]}\n{trace[-3000:]}", data))
         outcome = f"UNCAUGHT {type(error).__name__}"
     seconds = time.process_time() - started
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    for timer in _HANG:
+        signal.setitimer(timer, 0)
     report.outcomes[outcome] += 1
     if seconds > report.worst_s:
         report.worst_s, report.worst_number = seconds, number

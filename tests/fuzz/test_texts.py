@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fuzz.driver import assert_clean, fuzz, inputs
+
+TARGETS = ("PairLists", "Results", "Baselines", "Keys")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_text_files_give_an_error_or_the_right_thing(tmp_path: Path, target: str) -> None:
+    report = fuzz(f"texts:{target}", tmp_path, 300)
+    assert_clean(report)
+    assert len(report.outcomes) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_many_text_files_give_an_error_or_the_right_thing(tmp_path: Path, target: str) -> None:
+    assert_clean(fuzz(f"texts:{target}", tmp_path, inputs(2_000), seed=2))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_without_its_guard_the_fault_is_noticed(tmp_path: Path, target: str) -> None:
+    assert fuzz(f"texts:{target}", tmp_path, 300, broken=True).findings

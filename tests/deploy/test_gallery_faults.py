@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import time
@@ -30,11 +31,11 @@ DIM = 64
 SIAMESE = (sys.executable, "-c", "from siamese_deploy.cli import main; main()")
 
 
-def group_of(number: int, rows: int = 3, name: str = "") -> Group:
+def group_of(number: int, rows: int = 3, dim: int = DIM) -> Group:
     """An identity whose vectors all hold its number."""
-    name = name or f"id{number}"
+    name = f"id{number}"
     pictures = [StoredPicture(name, b"%016d%016d" % (number, k), "") for k in range(rows)]
-    return Group(name, pictures, np.full((rows, DIM), number + 1, np.float32))
+    return Group(name, pictures, np.full((rows, dim), number + 1, np.float32))
 
 
 def held(folder: Path) -> dict[str, set[float]]:
@@ -65,18 +66,20 @@ def in_child(work: Callable[[], None]) -> bool:
 # --- the disk ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("room", [0, 4_000, 20_000, 33_000, 38_000, 50_000, 70_000])
-def test_a_full_disk_costs_the_enrolment_and_nothing_that_is_there(tmp_path: Path, room: int) -> None:
-    """No file may grow beyond `room` bytes: SQLite's or that of the vectors is the first to notice."""
+@pytest.mark.parametrize(
+    ("room", "dim"), [(0, 64), (4_000, 64), (20_000, 64), (38_000, 64), (60_000, 64), (50_000, 1024), (90_000, 4000)]
+)
+def test_a_full_disk_costs_the_enrolment_and_nothing_that_is_there(tmp_path: Path, room: int, dim: int) -> None:
+    """No file may grow beyond `room` bytes: SQLite's, or with long vectors theirs, is the first to notice."""
     folder = tmp_path / "gallery"
     done, stopped = tmp_path / "done", tmp_path / "stopped"
 
     def fill() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
         try:
-            store = GalleryStore.create(folder, "digest", DIM)
-            for number in range(200):
-                store.enrol([group_of(number)])
+            store = GalleryStore.create(folder, "digest", dim)
+            for number in range(100):
+                store.enrol([group_of(number, dim=dim)])
                 done.with_name(f"done-{number}").touch()
         except EnvironmentFault:
             stopped.touch()
@@ -84,10 +87,10 @@ def test_a_full_disk_costs_the_enrolment_and_nothing_that_is_there(tmp_path: Pat
     assert in_child(fill)
     assert stopped.exists()
     acknowledged = {f"id{path.name.removeprefix('done-')}" for path in tmp_path.glob("done-*")}
-    store = GalleryStore.create(folder, "digest", DIM)  # there is room again
+    store = GalleryStore.create(folder, "digest", dim)  # there is room again
     assert set(held(folder)) == acknowledged
-    store.enrol([group_of(number) for number in range(200)], add=True)
-    assert held(folder) == {f"id{number}": {number + 1.0} for number in range(200)}
+    store.enrol([group_of(number, dim=dim) for number in range(100)], add=True)
+    assert held(folder) == {f"id{number}": {number + 1.0} for number in range(100)}
 
 
 def test_a_full_disk_is_exit_code_5(tiny_bundle: Path, pictures: Path, tmp_path: Path) -> None:
@@ -103,16 +106,23 @@ def test_a_full_disk_is_exit_code_5(tiny_bundle: Path, pictures: Path, tmp_path:
     assert "enrolled" not in done.stdout
 
 
-def test_a_failed_sync_is_never_taken_for_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of", [stat.S_ISREG, stat.S_ISDIR])
+def test_a_failed_sync_is_never_taken_for_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: Callable[[int], bool]
+) -> None:
     """After it, nobody knows what is on the disk: the rows are not acknowledged, and the next attempt writes anew."""
     store = GalleryStore.create(tmp_path / "gallery", "digest", DIM)
     store.enrol([group_of(0)])
 
-    def fail(_: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    sync = os.fsync
+
+    def fail(descriptor: int) -> None:
+        if of(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr("siamese_deploy.gallery.vectors.os.fsync", fail)
+        patch.setattr(os, "fsync", fail)
         for _ in range(2):
             with pytest.raises(EnvironmentFault, match="Input/output error; nothing was enrolled"):
                 store.enrol([group_of(1)])

@@ -1,4 +1,4 @@
-"""A protocol on a disk that fills up: `python -m crash.full_disk PROTOCOL FOLDER`, the folder being a small disk's root.
+"""A protocol on a disk that fills up: `python -m crash.full_disk PROTOCOL FOLDER`, FOLDER being a small disk's root.
 
 Prints a line of JSON: how often the disk was full, the exit codes, acknowledged rows, and what went wrong.
 """

@@ -70,7 +70,12 @@ def constants(measured: dict[str, Any], c: dict[str, float]) -> str:
         ("`identify`, a row", us(c["us_per_row"])),
         ("first question of a process, a row", us(c["first_us_per_row"])),
         ("gallery on the disk, a row", f"{c['row_bytes_disk']:,.0f} B"),
-        ("memory that grows: `identify`, a row", f"{c['memory_bytes_per_row']:,.0f} B"),
+        (
+            "memory that grows: `identify`, a row",
+            f"{c['memory_bytes_per_row']:,.0f} B"
+            if c["memory_bytes_per_row"]
+            else "none seen over the peak at the start",
+        ),
         ("memory that grows: embedding, a picture", f"{c['memory_bytes_per_image']:,.0f} B"),
         ("memory that grows: scoring a list of pairs, a pair", f"{c['memory_bytes_per_pair']:,.0f} B"),
         ("embedding cache on the disk, a picture", f"{c['cache_bytes_per_image']:,.0f} B"),
@@ -146,10 +151,10 @@ def storage(c: dict[str, float]) -> str:
         (f"embedding cache: {c['cache_bytes_per_image']:,.0f} B", [
             size(n * c["cache_bytes_per_image"]) for n in SCALES
         ]),
-        (f"memory of a process that identifies: {c['memory_bytes_per_row']:,.0f} B and the start", [
-            size(n * c["memory_bytes_per_row"]) for n in SCALES
-        ]),
     ]  # fmt: skip
+    if c["memory_bytes_per_row"]:
+        name = f"memory of a process that identifies: {c['memory_bytes_per_row']:,.0f} B and the start"
+        rows.append((name, [size(n * c["memory_bytes_per_row"]) for n in SCALES]))
     for name, each in (kinds[0], kinds[3], kinds[4], kinds[5]):
         machines = [count(n * each / SERVER_BYTES) for n in SCALES]
         rows.append((f"machines of {size(SERVER_BYTES)} (assumed) that hold in memory: {name}", machines))

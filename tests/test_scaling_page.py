@@ -18,15 +18,12 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "scaling.md"
 FIGURES = ROOT / "benchmarks" / "scaling.json"
 
-MEASURED = pytest.mark.skipif(not FIGURES.exists(), reason="not measured yet: python benchmarks/scaling.py")
-
 
 @pytest.fixture(autouse=True)
 def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
-@MEASURED
 def test_the_page_shows_what_the_figures_give() -> None:
     from scaling_plan import blocks_of, differing
 
@@ -35,7 +32,6 @@ def test_the_page_shows_what_the_figures_give() -> None:
     assert differing(PAGE.read_text("utf-8"), blocks_of(figures)) == []
 
 
-@MEASURED
 def test_every_figure_on_the_page_and_in_the_file_is_held(tmp_path: Path) -> None:
     def checked(page: str, figures: str) -> subprocess.CompletedProcess[str]:
         (tmp_path / "page.md").write_text(page, "utf-8")

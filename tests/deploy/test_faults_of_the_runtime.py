@@ -81,6 +81,7 @@ def rewrite_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -
         (lambda m: m["threshold"].update(value=True), "value: expected float, got bool"),
         (lambda m: m["threshold"].update(value=float("nan")), "not canonical JSON"),
         (lambda m: m["threshold"].update(value=-0.1), "expected a number in"),
+        (lambda m: m["threshold"].update(value=1.5), "expected a number in"),
         (lambda m: m.update(backbone=["resnet18"]), "backbone: expected str"),
         (lambda m: m.update(embedding_dim="16"), "embedding_dim: expected int"),
         (lambda m: m.update(batch=[1, 4, 8]), "batch: expected dict"),
@@ -294,6 +295,15 @@ def test_whatever_the_bytes_of_a_graph_the_end_is_an_error_of_ours(tiny_bundle: 
     runs, refused = map(int, done.stdout.split())
     assert runs + refused == number
     assert runs > number / 10
+
+
+def test_numbers_whose_squares_overflow_are_refused_without_a_warning() -> None:
+    def enlarge(model: ModelProto) -> None:
+        weight = next(item for item in model.graph.initializer if item.name == "weight")
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1e25), "weight"))
+
+    with pytest.raises(IntegrityError, match="golden check failed on cpu: relative embedding error 1e"):
+        OnnxVerifier(make_bundle(enlarge), provider="cpu")
 
 
 @pytest.mark.parametrize("where", ["scores", "hidden"])

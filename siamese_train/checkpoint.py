@@ -111,7 +111,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     own = content.get("siamese_toolkit", {})
     if not isinstance(own, dict):
         raise CheckpointError(f"{path}: siamese_toolkit: expected dict, got {type(own).__name__}")
-    if own and own.get("format") != 1:
+    if own and (type(own.get("format")) is not int or own["format"] != 1):  # of a tensor, != gives a tensor
         raise CheckpointError(
             f"{path}: format {own.get('format')}, this program reads 1; use a newer version of it", code="other-version"
         )
@@ -121,7 +121,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         saved = {"embedding_dim": 0} | saved if isinstance(saved, dict) else {}
         for name, least in (("image_size", 1), ("embedding_dim", 0)):
             value = saved.get(name)
-            if not isinstance(value, int) or not least <= value <= 2**16:
+            if type(value) is not int or not least <= value <= 2**16:  # True is an int, too
                 raise CheckpointError(f"{path}: siamese_toolkit: config.{name}: expected {least} to 65536, got {value}")
             settings[name] = value
     model_state = content["model_state_dict"]

@@ -70,7 +70,7 @@ def read_baseline(path: Path) -> Baseline:
         machine = {name: content["machine"][name] for name in SAME_MACHINE}
         return Baseline(path, machine, str(content["workload"]["pair_digest"]), dict(_costs(content["rows"])))
     # Damaged JSON is a ValueError, and so is the median of no windows.
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise IntegrityError(f"{path}: damaged, or not {expected} ({FORMAT}): {why}; measure it again") from error
 
@@ -133,8 +133,11 @@ def _costs(rows: Any) -> list[tuple[Key, float]]:
         windows = [(window["p50_ms"], window["queries_per_s"]) for window in row["windows"]]
         for value in (value for window in windows for value in window):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{row['scenario']}: a window says {value!r}")
-        costs.append((key, _cost_ms(row["scenario"], windows)))
+                raise ValueError(f"{row['scenario']}: a window says {str(value)[:40]}")
+        cost = _cost_ms(row["scenario"], [(float(p50), float(rate)) for p50, rate in windows])
+        if not 0 < cost < math.inf:
+            raise ValueError(f"{row['scenario']}: takes {cost} ms")
+        costs.append((key, cost))
     return costs
 
 

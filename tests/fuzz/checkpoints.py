@@ -141,15 +141,18 @@ class CheckpointContents(_Checkpoints):
         content = dict(self.content)
         if kind == 3:  # the older format, which is no zip file
             EDITS[random.randint(len(EDITS))](random, content)
-            data = _saved(content, _use_new_zipfile_serialization=False)
+            data = self._file(content, _use_new_zipfile_serialization=False)
             return mutated(random, data) if random.randint(2) else data
         for _ in range(random.randint(1, 3)):
             EDITS[random.randint(len(EDITS))](random, content)
         value: Any = content
         if random.randint(4) == 0:
             value = (content["model_state_dict"], list(content.values()), None, {0: content})[random.randint(4)]
+        return self._file(value)
+
+    def _file(self, value: Any, **options: Any) -> bytes:
         try:
-            return _saved(value)
+            return _saved(value, **options)
         except Exception:  # what PyTorch itself cannot save comes in no file of its own
             return self.whole
 

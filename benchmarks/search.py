@@ -35,28 +35,32 @@ TOP = 10
 ROWS_AN_IDENTITY = 4
 ENROLLED_AT_ONCE = 20_000
 ROUNDS_OF_THE_BARE_HEAD = 5
+HELD_OUT = 200
 T = TypeVar("T")
 
 
 @click.command()
 @click.option("--bundle", type=click.Path(exists=True, path_type=Path), required=True, help="Of a trained network.")
 @click.option("--rows", "n_rows", type=click.IntRange(ENROLLED_AT_ONCE), default=1_000_000, show_default=True)
-@click.option("--questions", type=click.IntRange(ROUNDS_OF_THE_BARE_HEAD), default=20, show_default=True)
+@click.option("--questions", type=click.IntRange(ROUNDS_OF_THE_BARE_HEAD, HELD_OUT), default=20, show_default=True)
 @click.option("--gallery", "folder", type=click.Path(path_type=Path), help="Made there and kept, or used again.")
+@click.option("--only_fill", is_flag=True, help="Make the gallery, ask nothing.")
 @click.option("--no_promises", is_flag=True, help="Print ratios only: for a network that has learnt nothing.")
-def main(bundle: Path, n_rows: int, questions: int, folder: Path | None, no_promises: bool) -> None:
+def main(bundle: Path, n_rows: int, questions: int, folder: Path | None, only_fill: bool, no_promises: bool) -> None:
     print_machine("onnxruntime", "numpy")
     with tempfile.TemporaryDirectory() as temporary:
         verifier = OnnxVerifier(bundle, provider="cpu")
         train, val = (embedded(verifier, omniglot() / part) for part in ("train", "val"))
-        asked = np.random.default_rng(1).permutation(len(val[0]))[:questions]
+        asked = np.random.default_rng(1).permutation(len(val[0]))[:HELD_OUT]
         folder = folder or Path(temporary, "gallery")
         if not folder.exists():
             rest = np.setdiff1d(np.arange(len(val[0])), asked)
             vectors = np.concatenate([train[0], val[0][rest]])
             labels = np.concatenate([train[1], val[1][rest] + train[1].max() + 1])
             fill(Gallery(folder, verifier, create=True), vectors, labels, n_rows)
-        ratios = measure(Gallery(folder, verifier), verifier, val[0][asked])
+        if only_fill:
+            return
+        ratios = measure(Gallery(folder, verifier), verifier, val[0][asked[:questions]])
     if not no_promises:
         require_kept(ratios)
 

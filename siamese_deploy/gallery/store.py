@@ -387,6 +387,13 @@ class GalleryStore:
             # Not counted up: a gallery made anew, or put back from a copy, must not meet a number again.
             database.execute("UPDATE change SET number = random()")
             database.execute("COMMIT")
+            try:
+                # SQLite does so too, but takes a folder that it cannot open for one that is synced.
+                fsync_path(self.folder)
+            except OSError as error:
+                raise EnvironmentFault(
+                    f"{self.folder}: {error.strerror}; changed, but a power cut may still undo it"
+                ) from error
 
     def _model(self, database: sqlite3.Connection) -> tuple[str, int, str]:
         rows = database.execute("SELECT bundle_digest, dim, vectors, seal FROM model").fetchall()

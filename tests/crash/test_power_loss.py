@@ -15,7 +15,7 @@ from crash.replay import Replay
 from crash.worker import Worker
 
 DEEP = os.environ.get("SIAMESE_REPLAY") == "1"
-QUICK = ("atomic file", "replaced bundle", "replaced bundle, no exchange", "engine cache", "results")
+QUICK = ("atomic file", "replaced bundle", "results")
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -24,6 +24,7 @@ def test_power_lost_at_some_calls(name: str, worker: Worker, scratch: Path) -> N
     assert replay.run(name, steps=1).violations == []
 
 
+@pytest.mark.slow
 def test_power_lost_while_enrolling(worker: Worker, scratch: Path) -> None:
     assert Replay(worker, scratch, draws=1, every=3).run("gallery", steps=2).violations == []
 
@@ -44,6 +45,7 @@ def test_power_lost_at_every_call(name: str, worker: Worker, scratch: Path) -> N
 
 
 # Each guard that is taken out must be missed, or the tests above say nothing.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sabotage", "name", "variant"),
     [
@@ -66,6 +68,7 @@ def test_a_guard_taken_out_is_missed(sabotage: str, name: str, variant: str, wor
     assert report.by_variant[variant] > 0, report
 
 
+@pytest.mark.slow
 def test_a_checksum_taken_out_is_missed(worker: Worker, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is synced, checksums are all that stands between a torn record and an answer."""
 

@@ -166,7 +166,7 @@ def exit_code_of(work: Callable[[], object]) -> tuple[int, str]:
             Command("step", callback=work).main([], standalone_mode=False)
             return 0, ""
         except SystemExit as error:
-            return int(error.code or 0), said.getvalue()
+            return int(error.code or 0), said.getvalue().strip()
 
 
 def do(job: Job) -> Outcome:
@@ -204,7 +204,7 @@ def do(job: Job) -> Outcome:
         shim.shim_fail(ctypes.c_long(0), 0, 0, 0)
         shim.shim_failed.restype = ctypes.c_char_p
         failed = shim.shim_failed().decode()
-    return Outcome(done, code, message.strip(), failed)
+    return Outcome(done, code, message, failed)
 
 
 def serve() -> None:

@@ -14,6 +14,7 @@ from siamese_deploy.cli.bench_options import BenchOptions, bench_options
 from siamese_deploy.cli.command import PATH, Command
 from siamese_deploy.cli.eval import evaluate_into
 from siamese_deploy.cli.evaluation_options import EvaluationOptions, evaluation_options
+from siamese_deploy.cli.run_log import log_at_end
 from siamese_deploy.errors import needs_extra, one_line
 from siamese_train.config import TrainConfig
 
@@ -89,6 +90,7 @@ def train_eval_main(options: EvaluationOptions, checkpoint: Path, device: str) -
             from siamese_train.torch_verifier import TorchVerifier, choose_device
         verifier = TorchVerifier.from_checkpoint(read_checkpoint(checkpoint), choose_device(device))
         click.echo(f"provider: {verifier.provider} (pytorch)")
+        log_at_end(provider=verifier.provider)
         return verifier
 
     def open_bundle(folder: Path) -> Verifier:

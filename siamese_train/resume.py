@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from siamese_deploy.cli.run_log import warn
 from siamese_deploy.errors import CheckpointError, InputDataError, UsageError, one_line
 from siamese_train.checkpoint import Checkpoint, read_checkpoint
 from siamese_train.config import TrainConfig
@@ -104,7 +105,7 @@ def _newest_good(out_path: Path) -> Checkpoint | None:
             require_finite(checkpoint.model_state, str(file))
             return checkpoint
         except CheckpointError as error:
-            print(one_line(f"passed over: {error}"), file=sys.stderr)
+            warn(error.code, f"passed over: {error}")
     if files:
         raise CheckpointError(f"{out_path}: none of {len(files)} checkpoints can be read; choose another folder")
     return None

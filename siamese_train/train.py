@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from siamese_deploy.cli.run_log import log, log_at_end, log_skipped, warn
 from siamese_deploy.dataset_check.quick import quick_line
 from siamese_deploy.durable_files import locked_folder, write_atomically
 from siamese_deploy.embedding import ImageEmbeddings, embed_images
@@ -112,6 +113,7 @@ def _train(config: TrainConfig, processes: Processes) -> None:
         _print_start(config, data, processes)
         for line in filter(None, map(quick_line, (train_folder, val_folder))):
             print(line, flush=True)
+            log("warning", "data-set", line)
         if config.train_path.resolve() == config.val_path.resolve():
             print("training and validation pictures are the same: the figures say nothing of new ones", flush=True)
     skipped = _SkippedPictures(config.out_path / "skipped_pictures.csv")
@@ -271,6 +273,7 @@ def _train(config: TrainConfig, processes: Processes) -> None:
                         (time.monotonic() - started) / (progress.epoch - first_epoch) * (config.epochs - progress.epoch)
                     )
                     _print_epoch(config, epoch, metrics, images_per_s, left_s, names)
+                    log_at_end(epochs=progress.epoch, out_path=str(config.out_path))
                     skipped.report()
                 let_interrupts_through(partial(save, "last.pth"))
                 stop = processes.any(processes.is_first and _stops_early(config, progress))
@@ -357,6 +360,7 @@ class _SkippedPictures:
 
     def report(self) -> None:
         if len(self._files) > self._n_reported:
+            log_skipped(None, list(self._files.values())[self._n_reported :])
             self._n_reported = len(self._files)
             content = skipped_csv(list(self._files.values()))
             _if_possible(partial(write_atomically, self.listing, lambda file: file.write(content)))
@@ -381,10 +385,7 @@ def _if_possible(write: Callable[[], object]) -> bool:
     try:
         write()
     except OSError as error:
-        print(
-            one_line(f"not saved: {error.filename or 'file'}: {error.strerror}; training goes on"),
-            file=sys.stderr,
-        )
+        warn("not-saved", f"not saved: {error.filename or 'file'}: {error.strerror}; training goes on")
         return False
     return True
 
@@ -394,7 +395,7 @@ def _summary(config: TrainConfig, first_epoch: int) -> Summary | None:
     try:
         return Summary(config.out_path / "summary", config, first_epoch)
     except OSError as error:
-        print(one_line(f"no TensorBoard summary: {error.filename or 'file'}: {error.strerror}"), file=sys.stderr)
+        warn("not-saved", f"no TensorBoard summary: {error.filename or 'file'}: {error.strerror}")
         return None
 
 
@@ -403,12 +404,10 @@ def _warn_of_little_space(out_path: Path, learner: Learner) -> None:
     needed = 3 * 3 * sum(tensor.nbytes for tensor in learner.model.state_dict().values())
     free = shutil.disk_usage(out_path).free
     if free < needed:
-        print(
-            one_line(
-                f"warning: {out_path}: {free / 2**20:,.0f} MiB free, and best.pth, last.pth and a temporary file take "
-                f"{needed / 2**20:,.0f} MiB; checkpoints that do not fit are not saved"
-            ),
-            file=sys.stderr,
+        warn(
+            "low-space",
+            f"warning: {out_path}: {free / 2**20:,.0f} MiB free, and best.pth, last.pth and a temporary file take "
+            f"{needed / 2**20:,.0f} MiB; checkpoints that do not fit are not saved",
         )
 
 

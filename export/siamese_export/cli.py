@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from siamese_deploy.bundle import MANIFEST, SIGNATURE, Bundle, read_bundle
 from siamese_deploy.cli.command import PATH, SEED, Command
+from siamese_deploy.cli.run_log import log_at_end
 from siamese_deploy.durable_files import refuse_existing
 from siamese_deploy.errors import UsageError, needs_extra, one_line
 from siamese_deploy.signature import SigningKey
@@ -158,6 +159,9 @@ def main(
         replace=force,
         key=key,
         say=lambda line: click.echo(one_line(line), err=True),
+    )
+    log_at_end(
+        bundle=str(out_path), bundle_digest=exported.bundle.digest, manifest_digest=exported.bundle.manifest_digest
     )
     _print_exported(exported)
     click.echo(one_line(f"bundle: {out_path}"))

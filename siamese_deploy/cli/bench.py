@@ -12,6 +12,7 @@ import click
 
 from siamese_deploy.cli.bench_options import BenchOptions, bench_options
 from siamese_deploy.cli.command import PATH, Command
+from siamese_deploy.cli.run_log import log_at_end, warn
 from siamese_deploy.errors import AccuracyError, EnvironmentFault, IntegrityError, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def open_bundles(paths: Sequence[Path], options: BenchOptions, settings: Setting
     expected = options.expect_digests or (None,) * len(paths)
 
     def say(text: str) -> None:
-        click.echo(one_line(text), err=True)
+        warn("engine-cache", text)
 
     read = {
         path: read_bundle(path, expect_digest=digest, verify_key=options.verify_key)
@@ -105,6 +106,7 @@ def _report(
     complete: bool,
 ) -> None:
     """Into the output folder, if there is one, and onto the terminal."""
+    log_at_end(rows=len(rows), rows_failed=sum(row.status in ("failed", "wrong") for row in rows))
     from siamese_deploy.bench.chart import chart_png
     from siamese_deploy.bench.tables import bench_content, bench_json, markdown, table_lines
 

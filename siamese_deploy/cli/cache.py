@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from siamese_deploy.cli.command import PATH, Command
+from siamese_deploy.cli.run_log import warn
 from siamese_deploy.errors import EnvironmentFault, one_line
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _existing(path: Path) -> EmbeddingCache | None:
 def warn_of_network(folder: Path, remedy: str) -> None:
     kind = _file_system(folder)
     if kind.startswith(_NETWORK_FILE_SYSTEMS):
-        click.echo(one_line(f"{folder}: on {kind}, where locks may not work between machines; {remedy}"), err=True)
+        warn("network-drive", f"{folder}: on {kind}, where locks may not work between machines; {remedy}")
 
 
 def _file_system(folder: Path) -> str:

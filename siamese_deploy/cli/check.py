@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from siamese_deploy.cli.command import PATH, Command
+from siamese_deploy.cli.run_log import log_at_end
 from siamese_deploy.errors import one_line
 
 
@@ -37,6 +38,7 @@ def main(folder: Path, against: Path | None, near: int, strict: bool, as_json: b
     with check_folder(out_path) if out_path else contextlib.nullcontext():
         report = check_dataset(folder, against, near=near, show_progress=sys.stderr.isatty())
         facts = report_json(report, strict=strict, near=near)
+        log_at_end(**facts["counts"], codes=facts["codes"])
         if out_path:
             from siamese_deploy.dataset_check.contact_sheet import contact_sheet
 

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 import click
 
-from siamese_deploy.errors import SiameseError, one_line
+from siamese_deploy.cli.run_log import RunLog, end_logged, keep_log, log_of, open_log
+from siamese_deploy.errors import SiameseError, UsageError, code_of, one_line
 
 
 class _Path(click.Path):
@@ -50,6 +51,14 @@ class Command(click.Command):
         }
         super().__init__(*args, **kwargs)
         self.params += [
+            click.Option(
+                ["--log"],
+                metavar="FILE",
+                expose_value=False,
+                callback=_log_named,
+                help="Append what happens to FILE, one JSON object a line (docs/when-it-goes-wrong.md); - is stderr.  "
+                "[default: $SIAMESE_LOG]",
+            ),
             click.Option(["--debug"], is_flag=True, expose_value=False, callback=_debug, help="Show tracebacks."),
             click.Option(
                 ["--version"],
@@ -64,10 +73,17 @@ class Command(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        with usage_errors_on_one_line(info_name):
-            return super().make_context(info_name, args, parent, **extra)
+        run_log = _opened_log(self, info_name, args, parent)
+        with usage_errors_on_one_line(info_name, run_log):
+            context = super().make_context(info_name, args, parent, **extra)
+        keep_log(context, run_log)
+        return context
 
     def invoke(self, ctx: click.Context) -> Any:
+        with end_logged(ctx):
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, _terminated)
         # Pillow warns of what is refused or repaired here anyway, on two lines and from the middle of a progress bar.
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -77,37 +93,65 @@ class Command(click.Command):
             if error.code if isinstance(error, SystemExit) else error.exit_code:
                 raise
             # A command ends well by coming to its end: exit code 0 is an answer, and no library's to give.
-            _fail(ctx, "internal error: ended before it was done; this is a bug, please report it", 70)
+            _fail(
+                ctx, "internal error: ended before it was done; this is a bug, please report it", 70, "internal-error"
+            )
         except KeyboardInterrupt:
-            _fail(ctx, "interrupted", 130)
+            _fail(ctx, "interrupted", 130, "interrupted")
         except BrokenPipeError:  # the reader of our output went away (`| head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except SiameseError as error:
-            _fail(ctx, str(error), error.exit_code)
+            _fail(ctx, str(error), error.exit_code, error.code)
         except MemoryError:
-            _fail(ctx, "out of memory; use smaller pictures or batches", 5)
+            _fail(ctx, "out of memory; use smaller pictures or batches", 5, "out-of-memory")
         except BaseException as error:  # also what is no Exception, such as a panic of a library written in Rust
             if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNO:
-                _fail(ctx, f"{error.filename or 'output'}: {error.strerror}", 5)
+                _fail(ctx, f"{error.filename or 'output'}: {error.strerror}", 5, code_of(error, "environment"))
             if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-                _fail(ctx, f"{error.filename}: {error.strerror}", 2)
+                _fail(ctx, f"{error.filename}: {error.strerror}", 2, UsageError.code)
             if str(error).startswith("DataLoader worker"):
-                _fail(ctx, f"a loading process died ({error}); use fewer --workers, and --resume to go on", 5)
+                _fail(
+                    ctx,
+                    f"a loading process died ({error}); use fewer --workers, and --resume to go on",
+                    5,
+                    "process-died",
+                )
             if "shared memory(shm)" in str(error):
-                _fail(ctx, "no shared memory left; enlarge /dev/shm (docker run --shm-size) or use fewer --workers", 5)
+                _fail(
+                    ctx,
+                    "no shared memory left; enlarge /dev/shm (docker run --shm-size) or use fewer --workers",
+                    5,
+                    "shared-memory-full",
+                )
             if isinstance(error, ImportError) and ".so" in str(error):  # no memory or no descriptor left for a library
-                _fail(ctx, f"a library cannot be loaded: {error}; free memory, or install its package again", 5)
+                _fail(
+                    ctx,
+                    f"a library cannot be loaded: {error}; free memory, or install its package again",
+                    5,
+                    "library-broken",
+                )
             if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
-                _fail(ctx, "no further thread can be started; allow more memory or processes (ulimit -v, -u)", 5)
+                _fail(
+                    ctx,
+                    "no further thread can be started; allow more memory or processes (ulimit -v, -u)",
+                    5,
+                    "out-of-threads",
+                )
             # torch's, known by name and text because torch may be absent
             if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
                 _fail(
                     ctx,
                     "out of memory; lower --batch_size, --classes_per_batch or --image_size, or use --device cpu",
                     5,
+                    "out-of-memory",
                 )
-            _fail(ctx, f"internal error: {error!r}; this is a bug, please report it with --debug's output", 70)
+            _fail(
+                ctx,
+                f"internal error: {error!r}; this is a bug, please report it with --debug's output",
+                70,
+                "internal-error",
+            )
 
 
 class DecidingCommand(Command):
@@ -118,25 +162,47 @@ class DecidingCommand(Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        alone = len(args) == 1  # click takes them out of the list
+        alone, given = len(args) == 1, list(args)  # click takes them out of the list
         try:
             return super().make_context(info_name, args, parent, **extra)
         except click.exceptions.Exit:
             if alone:
                 raise
-            click.echo(f"{info_name}: nothing was decided: --help and --version stand alone", err=True)
+            message = "nothing was decided: --help and --version stand alone"
+            click.echo(f"{info_name}: {message}", err=True)
+            if run_log := _opened_log(self, info_name, given, parent, of_help=True):
+                run_log.failed(UsageError.code, message)
+                run_log.end(2)
             sys.exit(2)
 
 
 @contextmanager
-def usage_errors_on_one_line(name: str | None) -> Iterator[None]:
+def usage_errors_on_one_line(name: str | None, run_log: RunLog | None = None) -> Iterator[None]:
     """click's own three lines become ours."""
     try:
         yield
     except click.UsageError as error:
         name = error.ctx.command_path if error.ctx else name
+        if run_log:
+            run_log.failed(UsageError.code, error.format_message())
+            run_log.end(error.exit_code)
         _tell(f"{name}: {one_line(error.format_message())} (see {name} --help)")
         sys.exit(error.exit_code)
+
+
+def _opened_log(
+    command: click.Command, name: str | None, args: list[str], parent: click.Context | None, *, of_help: bool = False
+) -> RunLog | None:
+    try:
+        return open_log(command, name, args, parent, of_help=of_help)
+    except SiameseError as error:
+        _tell(f"{parent.command_path + ' ' if parent else ''}{name}: {one_line(str(error))}")
+        sys.exit(error.exit_code)
+
+
+def _log_named(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value == "":  # as of a path
+        raise click.BadParameter("is empty; expected a path", ctx, param)
 
 
 def _debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -149,12 +215,16 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-def _fail(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
+def _fail(ctx: click.Context, message: str, exit_code: int, code: str) -> NoReturn:
+    trace = ""
     if ctx.meta.get("siamese.debug"):
         import traceback
 
+        trace = traceback.format_exc()
         with suppress(OSError):
             traceback.print_exc()
+    if run_log := log_of(ctx):
+        run_log.failed(code, message, trace)
     _tell(f"{ctx.command_path}: {one_line(message)}")
     sys.exit(exit_code)
 

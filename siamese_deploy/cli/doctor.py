@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from siamese_deploy.cli.command import PATH, Command
+from siamese_deploy.cli.run_log import log_at_end
 from siamese_deploy.errors import one_line
 from siamese_deploy.providers import CHOICES
 
@@ -31,6 +32,7 @@ def main(bundle: Path | None, provider: str, as_json: bool) -> None:
             click.echo(line, err=True)
 
     diagnosis = examine(provider, bundle, progress)
+    log_at_end(verdict=diagnosis.verdict)
     if as_json:
         click.echo(json.dumps(diagnosis.to_json(), indent=2))
     else:

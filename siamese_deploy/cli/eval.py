@@ -12,6 +12,7 @@ import click
 
 from siamese_deploy.cli.command import Command
 from siamese_deploy.cli.evaluation_options import EvaluationOptions, evaluation_options
+from siamese_deploy.cli.run_log import log_at_end, log_skipped, warn
 from siamese_deploy.cli.runtime_options import RuntimeOptions, describe, report_cache, runtime_options
 from siamese_deploy.errors import one_line
 
@@ -110,7 +111,15 @@ def _print_summary(evaluation: Evaluation, options: EvaluationOptions, scheme: s
 
     metrics, out_path = evaluation.metrics, options.out_path
     if scheme != "file" and (line := quick_line(evaluation.folder)):  # of a list, the folder is only a part
-        click.echo(line, err=True)
+        warn("data-set", line)
+    log_skipped(evaluation.folder.root, evaluation.skipped)
+    log_at_end(
+        out_path=str(out_path),
+        pairs=metrics.pairs,
+        pairs_skipped=evaluation.pairs_skipped,
+        files_skipped=len(evaluation.skipped),
+        pair_digest=evaluation.pair_digest,
+    )
     if evaluation.skipped:
         first = evaluation.skipped[0]
         click.echo(
@@ -127,7 +136,7 @@ def _print_summary(evaluation: Evaluation, options: EvaluationOptions, scheme: s
         if name not in too_few:  # said below
             names_of.setdefault(reason, []).append(name)
     for reason, names in names_of.items():
-        click.echo(one_line(f"not computed: {', '.join(names)}: {reason}"), err=True)
+        warn("not-computed", f"not computed: {', '.join(names)}: {reason}")
     seed = options.seed_of(scheme)
     drawn_from = f"{scheme}" if seed is None else f"{scheme}, seed {seed}"
     click.echo(f"pairs: {metrics.pairs} ({metrics.same_pairs} same), {drawn_from}")

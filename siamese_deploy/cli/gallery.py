@@ -11,6 +11,7 @@ import click
 
 from siamese_deploy.cli.cache import warn_of_network
 from siamese_deploy.cli.command import PATH, Command, DecidingCommand
+from siamese_deploy.cli.run_log import log, log_at_end, log_skipped, warn
 from siamese_deploy.cli.runtime_options import (
     RuntimeOptions,
     describe,
@@ -65,6 +66,7 @@ def enrol(
     if name is not None:
         check_name(name)
     folder = None if name is not None else scan_image_folder(source[0])
+    log_skipped(source[0], folder.skipped if folder else ())
     cache = runtime.open_cache()
     verifier = runtime.open_verifier(cache, throughput=True)
     click.echo(describe(verifier))
@@ -73,18 +75,29 @@ def enrol(
     how = {"add": add, "replace": replace, "doubles": not no_doubles}
     if folder is not None:
         enrolment = opened.enrol_folder(folder, **how, show_progress=sys.stderr.isatty())
+        log_skipped(None, enrolment.skipped)
         enrolment.skipped += folder.skipped
     else:
         enrolment = opened.enrol(str(name), list(source), **how)
+        log_skipped(None, enrolment.skipped)
+    for file in enrolment.refused:
+        log("refused", file.code, file.reason, name=file.path)
+    log_at_end(
+        pictures=enrolment.pictures,
+        identities=enrolment.identities,
+        files_skipped=len(enrolment.skipped),
+        identities_refused=len(enrolment.refused),
+    )
     click.echo(f"enrolled: {enrolment.pictures} pictures of {enrolment.identities} identities")
     report_cache(cache)
     _warn(enrolment)
     for one, other in twins(sorted({picture.name for picture in opened.store.pictures()})):
-        click.echo(one_line(f"warning: {one!r} and {other!r} differ only in case or Unicode form"), err=True)
+        warn("class-twins", f"warning: {one!r} and {other!r} differ only in case or Unicode form")
     if enrolment.refused:
         first = enrolment.refused[0]
         raise InputDataError(
-            f"{len(enrolment.refused)} identities were not enrolled (first: {first.path}: {first.reason})"
+            f"{len(enrolment.refused)} identities were not enrolled (first: {first.path}: {first.reason})",
+            code=first.code,
         )
 
 
@@ -95,7 +108,7 @@ def _warn(enrolment: Enrolment) -> None:
         click.echo(one_line(text), err=True)
     if enrolment.doubles:
         text = f"warning: {len(enrolment.doubles)} pictures match somebody else (first: {enrolment.doubles[0]})"
-        click.echo(one_line(text), err=True)
+        warn("gallery-double", text)
 
 
 @main.command(cls=Command, name="list")
@@ -133,7 +146,7 @@ def list_command(gallery: Path, as_json: bool) -> None:
     if damaged:
         names = sorted({picture.name for picture in pictures if picture.slot in damaged})
         text = f"warning: {len(damaged)} rows are damaged and are never matched (first: {names[0]}); enrol them again"
-        click.echo(one_line(text), err=True)
+        warn("gallery-rows-damaged", text)
 
 
 @main.command(cls=Command)
@@ -181,7 +194,18 @@ def identify(
     warn_of_cache(cache)
     if found.damaged:
         text = f"warning: {found.damaged} rows of {gallery} are damaged and were not compared; see siamese gallery list"
-        click.echo(one_line(text), err=True)
+        warn("gallery-rows-damaged", text)
+    best = found.candidates[0] if found.candidates else None
+    log(
+        "decision",
+        code=_code_of(found) or "",
+        decision=found.decision,
+        gallery=str(gallery),
+        picture=str(picture),
+        name=found.name,
+        score=best and round(best.score, 4),
+        threshold=round(found.threshold, 4),
+    )
     if as_json:
         click.echo(json.dumps(_as_json(found, verifier.model_digest, verifier.provider), indent=2))
     else:
@@ -195,9 +219,19 @@ def identify(
         sys.exit(NO_MATCH)
 
 
+def _code_of(found: Identification) -> str | None:
+    """Why there is no match."""
+    if found.name is not None:
+        return None
+    if not found.candidates:
+        return "gallery-rows-damaged" if found.damaged else "gallery-empty"
+    return "ambiguous" if found.decision == "ambiguous" else "below-threshold"
+
+
 def _as_json(found: Identification, bundle_digest: str, provider: str) -> dict[str, Any]:
     return {
         "decision": found.decision,
+        "code": _code_of(found),
         "name": found.name,
         "candidates": [vars(candidate) for candidate in found.candidates],
         "threshold": found.threshold,

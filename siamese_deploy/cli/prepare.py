@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from siamese_deploy.cli.command import PATH, Command
+from siamese_deploy.cli.run_log import warn
 from siamese_deploy.cli.runtime_options import EXPECT_DIGEST, VERIFY_KEY
 from siamese_deploy.errors import EnvironmentFault, one_line
 from siamese_deploy.providers import ORT_NAMES
@@ -90,7 +91,7 @@ def _open_in_child(bundle: Path, provider: str, max_batch: int | None, accepted:
             _on_terminal("")
             if not isinstance(message, str):
                 break
-            click.echo(one_line(message), err=True)
+            warn("engine-cache", message)
     except EOFError as error:
         child.join()
         raise EnvironmentFault(

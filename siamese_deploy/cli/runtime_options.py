@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from siamese_deploy.cli.command import PATH
+from siamese_deploy.cli.run_log import log_at_end, warn
 from siamese_deploy.errors import UsageError, one_line
 from siamese_deploy.providers import CHOICES
 
@@ -40,14 +41,14 @@ class RuntimeOptions:
 
         cache, note = open_cache(self.cache)
         if note:
-            click.echo(one_line(note), err=True)
+            warn("cache-unusable", note)
         return cache
 
     def open_verifier(self, cache: EmbeddingCache | None, *, throughput: bool = False) -> OnnxVerifier:
         from siamese_deploy.bundle import read_bundle
         from siamese_deploy.runtime import OnnxVerifier
 
-        return OnnxVerifier(
+        verifier = OnnxVerifier(
             read_bundle(self.bundle, expect_digest=self.expect_digest, verify_key=self.verify_key),
             provider=self.provider,
             threads=self.threads,
@@ -55,8 +56,12 @@ class RuntimeOptions:
             max_batch=self.max_batch,
             gpu_memory_mb=self.gpu_memory_mb,
             cache=cache,
-            say=lambda text: click.echo(one_line(text), err=True),
+            say=lambda text: warn("engine-cache", text),
         )
+        log_at_end(provider=verifier.provider, bundle_digest=verifier.model_digest)
+        if verifier.provider_note:
+            log_at_end(provider_note=verifier.provider_note)
+        return verifier
 
 
 EXPECT_DIGEST = click.option(
@@ -126,4 +131,4 @@ def report_cache(cache: EmbeddingCache | None) -> None:
 
 def warn_of_cache(cache: EmbeddingCache | None) -> None:
     if cache is not None and cache.warning:
-        click.echo(one_line(cache.warning), err=True)
+        warn("cache-unusable", cache.warning)

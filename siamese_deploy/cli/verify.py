@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from siamese_deploy.cli.command import PATH, DecidingCommand
+from siamese_deploy.cli.run_log import log
 from siamese_deploy.cli.runtime_options import RuntimeOptions, runtime_options, tell_provider, warn_of_cache
 from siamese_deploy.errors import UsageError, one_line
 
@@ -34,6 +35,15 @@ def main(left: Path, right: Path, runtime: RuntimeOptions, threshold: float | No
     match = score >= threshold
     tell_provider(verifier)
     warn_of_cache(cache)
+    log(
+        "decision",
+        code="" if match else "below-threshold",
+        decision="match" if match else "no match",
+        left=str(left),
+        right=str(right),
+        score=round(score, 4),
+        threshold=round(threshold, 4),
+    )
     click.echo(one_line(f"{'match' if match else 'no match'}: score {score:.4f}, threshold {threshold:.4f}"))
     if not match:
         sys.exit(NO_MATCH)

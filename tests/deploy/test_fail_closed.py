@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 from conftest import RunCommand, assert_refused
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny_bundle import DIM, make_bundle
 
@@ -130,7 +130,7 @@ IDENTIFY = [
     *VERIFY,
     ("siamese_deploy.gallery.gallery:GalleryStore.snapshot", 1),
     ("siamese_deploy.gallery.gallery:require_signal", 1),
-    ("siamese_deploy.gallery.gallery:_best_identities", 1),
+    ("siamese_deploy.gallery.gallery:best_identities", 1),
     ("siamese_deploy.gallery.store:sqlite3.connect", 1),
     ("siamese_deploy.gallery.store:sqlite3.connect", 2),
     ("siamese_deploy.gallery.store:VectorFile.read", 1),
@@ -276,6 +276,10 @@ def assert_decided_by_the_rule(run: RunCommand, doors: Doors, score: float, thre
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(score=ANY_FLOAT32, threshold=ANY_THRESHOLD)
+@example(score=1.0, threshold=1.0)
+@example(score=0.0, threshold=0.0)
+@example(score=0.5, threshold=0.5)
+@example(score=0.0, threshold=5e-324)
 def test_only_a_score_of_at_least_the_threshold_opens(
     run: RunCommand, doors: Doors, score: float, threshold: float
 ) -> None:

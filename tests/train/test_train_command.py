@@ -264,9 +264,15 @@ def test_unreadable_pictures_do_not_stop_a_run_and_are_listed(run: RunCommand, p
     val = tmp_path / "val"
     shutil.copytree(pictures, val)
     (val / "door/1.png").write_text("no picture either")
-    result = run(train_main, *arguments(pictures, tmp_path / "out", "-e", 1, "-s", 1, "--val_path", val))
+    options = ("-e", 1, "-s", 1, "--val_path", val, "--log", tmp_path / "log")
+    result = run(train_main, *arguments(pictures, tmp_path / "out", *options))
     assert result.exit_code == 0, result.output
     assert "skipped 5 files" in result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    skipped = {line["path"]: line["code"] for line in lines if line["event"] == "skipped"}
+    assert len(skipped) == 5
+    assert skipped[str(val / "door/1.png")] == "not-a-picture"
+    assert (lines[-1]["event"], lines[-1]["epochs"]) == ("finished", 1)
     with open(tmp_path / "out/skipped_pictures.csv", newline="") as file:
         listed = {row["path"] for row in csv.DictReader(file)}
     expected = {pictures / "empty", pictures / "cog/0.png", val / "empty", val / "cog/0.png", val / "door/1.png"}

@@ -130,6 +130,7 @@ def embed_images(
 
     Raises:
         InputDataError: not one of the pictures can be read.
+        EnvironmentFault: pictures can no longer be read because the folder is gone.
         IntegrityError: the network answered with NaN or infinity.
     """
     vectors = np.empty((len(images), verifier.embedding_dim), dtype=np.float32)
@@ -157,6 +158,8 @@ def embed_images(
                 so_far = ImageEmbeddings(vectors[:n_rows], row_of_image, tuple(skipped), from_cache)
                 after_batch(so_far, n_rows + len(skipped))
             let_interrupts_through()
+    if skipped:
+        folder.require_still_there()
     if not n_rows:
         reason = f" ({skipped[0].reason}, ...)" if skipped else ""
         raise InputDataError(f"{folder.root}: none of {len(images)} pictures can be read{reason}", code="no-pictures")

@@ -53,6 +53,17 @@ class ImageFolder:
             digest.update(os.fsencode(path) + b"\0%d\0" % size)
         return digest.hexdigest()
 
+    def require_still_there(self) -> None:
+        """After a picture could not be read: one more to skip, or is the whole disk gone?
+
+        Raises:
+            EnvironmentFault: none of the class folders is there any more.
+        """
+        if not any(os.path.isdir(self.root / name) for name in self.class_names):
+            raise EnvironmentFault(
+                f"{self.root}: its folders are gone; was the disk unplugged or unmounted?", code="folder-gone"
+            )
+
     def absolute_path(self, image: int) -> Path:
         return self.root / self.paths[image]
 
@@ -102,7 +113,7 @@ def scan_image_folder(root: str | os.PathLike[str]) -> ImageFolder:
             else:
                 skipped.append(
                     SkippedFile(path, "not a regular file", code="not-a-file")
-                    if not file.is_symlink()
+                    if os.path.exists(file.path)
                     else SkippedFile(path, "broken link", code="broken-link")
                 )
         if len(paths) == n_before:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,12 @@ from typing import Any
 import torch
 
 from siamese_deploy.durable_files import write_atomically
-from siamese_deploy.errors import CheckpointError, InputDataError, UsageError, one_line
+from siamese_deploy.errors import CheckpointError, InputDataError, UsageError
 from siamese_train.config import TrainConfig
 from siamese_train.model import SiameseNetwork
-from siamese_train.weights import load_safely, load_strictly, require_finite
+from siamese_train.weights import load_safely, load_strictly, require_finite, without_wrapper_prefixes
 
 REFERENCE_IMAGE_SIZE = 224
-# What DataParallel, DistributedDataParallel and torch.compile put before every name.
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _REQUIRED = {"epoch": int, "model_state_dict": dict, "backbone": str, "optimizer_state_dict": dict}
 
 
@@ -124,17 +121,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
             if type(value) is not int or not least <= value <= 2**16:  # True is an int, too
                 raise CheckpointError(f"{path}: siamese_toolkit: config.{name}: expected {least} to 65536, got {value}")
             settings[name] = value
-    model_state = content["model_state_dict"]
-    for prefix in _WRAPPER_PREFIXES:
-        if model_state and all(str(key).startswith(prefix) for key in model_state):
-            print(one_line(f"{path}: leaving out the prefix {prefix!r} of its weights' names"), file=sys.stderr)
-            model_state = {key[len(prefix) :]: value for key, value in model_state.items()}
     return Checkpoint(
         epoch=content["epoch"],
         backbone=content["backbone"],
         image_size=settings["image_size"],
         embedding_dim=settings["embedding_dim"],
-        model_state=model_state,
+        model_state=without_wrapper_prefixes(content["model_state_dict"], str(path)),
         optimizer_state=content["optimizer_state_dict"],
         training=own,
         sha256=hashlib.sha256(data).hexdigest(),

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from siamese_deploy.embedding import ImageEmbeddings
 from siamese_deploy.errors import ImageError
@@ -182,6 +183,20 @@ def training_batches(
     )
 
 
+def batches_of(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """One epoch; an error of a loading process ends all of them.
+
+    They would outlive it: the error refers to the loader, and what multiprocessing sends them at the end, SIGTERM, they
+    ignore, so the training process would wait for them for ever.
+    """
+    try:
+        yield from loader
+    except Exception:
+        if isinstance(loader._iterator, _MultiProcessingDataLoaderIter):
+            loader._iterator._shutdown_workers()  # type: ignore[no-untyped-call]
+        raise
+
+
 def _leave_signals_to_the_parent(_worker: int) -> None:
     # Ctrl-C and `systemctl stop` reach the whole process group; the training process saves and then ends its workers.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -197,4 +212,10 @@ def _collate(items: list[Item], rows: int) -> Batch:
     whole = [column for column in columns if not any(isinstance(item, SkippedFile) for item in column)]
     kept: list[Any] = [column[row] for row in range(rows) for column in whole]
     inputs = np.stack([item[0] for item in kept]) if kept else np.empty((0, 1, 1, 3), np.uint8)
-    return Batch(torch.from_numpy(inputs), torch.tensor([item[1] for item in kept], dtype=torch.int64), skipped)
+    batch = Batch(torch.from_numpy(inputs), torch.tensor([item[1] for item in kept], dtype=torch.int64), skipped)
+    if get_worker_info() is not None:
+        # Here a full /dev/shm is an error that reaches the training process; in the loader's own thread the batch would
+        # be lost without a word, and training would wait for it for ever.
+        batch.inputs.share_memory_()
+        batch.labels.share_memory_()
+    return batch

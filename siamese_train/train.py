@@ -8,8 +8,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from siamese_deploy.cli.run_log import log, log_at_end, log_skipped, warn
 from siamese_deploy.dataset_check.quick import quick_line
 from siamese_deploy.durable_files import locked_folder, write_atomically
 from siamese_deploy.embedding import ImageEmbeddings, embed_images
-from siamese_deploy.errors import InputDataError, IntegrityError, UsageError, one_line
+from siamese_deploy.errors import EnvironmentFault, InputDataError, IntegrityError, UsageError, one_line
 from siamese_deploy.evaluate import evaluate_embedded, evaluate_pairs
 from siamese_deploy.image_folder import ImageFolder, SkippedFile, scan_image_folder
 from siamese_deploy.interrupts import interrupts_held
@@ -35,7 +35,15 @@ from siamese_deploy.result_folder import refuse_inside
 from siamese_train.augment import Augmentation
 from siamese_train.checkpoint import save_checkpoint
 from siamese_train.config import TrainConfig
-from siamese_train.data import AugmentedPictures, EmbeddedPictures, EpochSampler, Item, epoch_sampler, training_batches
+from siamese_train.data import (
+    AugmentedPictures,
+    EmbeddedPictures,
+    EpochSampler,
+    Item,
+    batches_of,
+    epoch_sampler,
+    training_batches,
+)
 from siamese_train.learner import Learner, learning_rate_at
 from siamese_train.model import SiameseNetwork
 from siamese_train.picture_cache import PictureCache
@@ -67,7 +75,7 @@ def train(config: TrainConfig) -> Path:
         BusyError: another run trains into the folder.
         InputDataError: the folders cannot give a batch of training pairs or any validation pair.
         IntegrityError: the loss is not finite; the checkpoints written so far stay.
-        EnvironmentFault: the device or pretrained weights are not available.
+        EnvironmentFault: the device or pretrained weights are not available; the pictures are gone, the run is saved.
     """
     if not config.resume:
         _refuse_used_folder(config.out_path)
@@ -205,8 +213,11 @@ def _train(config: TrainConfig, processes: Processes) -> None:
                     save("last.pth")
 
                 with _progress_bar(config, sampler, epoch, silent=not processes.is_first) as bar:
-                    for batch in loader:
+                    for batch in batches_of(loader):
                         skipped.add(config.train_path, batch.skipped)
+                        if batch.skipped:
+                            with _saved_first(save_within_epoch) if processes.is_first else nullcontext():
+                                train_folder.require_still_there()
                         try:
                             result = learner.learn(batch, epoch, progress.step)
                         except IntegrityError as error:
@@ -232,10 +243,11 @@ def _train(config: TrainConfig, processes: Processes) -> None:
                 if processes.is_first:
                     # validate, with the code that evaluates a bundle
                     try:
-                        if val_embeddings:
-                            evaluation = evaluate_embedded(verifier, val_folder, val_pairs, val_embeddings)
-                        else:
-                            evaluation = evaluate_pairs(verifier, val_folder, val_pairs)
+                        with _saved_first(save_within_epoch):
+                            if val_embeddings:
+                                evaluation = evaluate_embedded(verifier, val_folder, val_pairs, val_embeddings)
+                            else:
+                                evaluation = evaluate_pairs(verifier, val_folder, val_pairs)
                     except IntegrityError as error:
                         raise IntegrityError(_not_finite("validation", epoch, config), code="not-finite") from error
                     skipped.add(config.val_path, evaluation.skipped)
@@ -388,6 +400,17 @@ def _if_possible(write: Callable[[], object]) -> bool:
         warn("not-saved", f"not saved: {error.filename or 'file'}: {error.strerror}; training goes on")
         return False
     return True
+
+
+@contextmanager
+def _saved_first(save: Callable[[], object]) -> Iterator[None]:
+    """Pictures that are gone end the run, which goes on where it was once they are back."""
+    try:
+        yield
+    except EnvironmentFault as error:
+        if _if_possible(save):
+            raise EnvironmentFault(f"{error} The run is saved; --resume goes on", code=error.code) from error
+        raise
 
 
 def _summary(config: TrainConfig, first_epoch: int) -> Summary | None:

@@ -19,6 +19,10 @@ from torch import nn
 from siamese_deploy.errors import CheckpointError, EnvironmentFault, InputDataError, one_line
 from siamese_train.model import SiameseNetwork
 
+# What DataParallel, DistributedDataParallel and torch.compile put before every name.
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 
 def load_initial_weights(model: SiameseNetwork, backbone: str, weights: str, embedding_dim: int = 0) -> bool:
     """Fill `model` as --weights says: "none" leaves it random, "default" and a file load the backbone (or everything).
@@ -42,9 +46,9 @@ def load_initial_weights(model: SiameseNetwork, backbone: str, weights: str, emb
     else:
         state = load_safely(Path(weights), Path(weights).read_bytes())
     if isinstance(state.get("model_state_dict"), dict):
-        load_strictly(model, state["model_state_dict"], weights)
+        load_strictly(model, without_wrapper_prefixes(state["model_state_dict"], weights), weights)
         return True
-    state = _as_the_network_names_them(state, model.backbone)
+    state = _as_the_network_names_them(without_wrapper_prefixes(state, weights), model.backbone)
     new: list[str] = []
     if embedding_dim:
         # Weight and bias of the new last layer stay random, the only ones whose shape follows from the outputs.
@@ -98,13 +102,31 @@ def require_finite(state: dict[str, Any], source: str) -> None:
     CheckpointError: a value is no dense tensor, or not finite.
     """
     for key, value in state.items():
-        is_tensor = isinstance(value, torch.Tensor)
-        if not is_tensor or value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_complex():
-            raise CheckpointError(f"{source}: {key}: expected a dense tensor, got {type(value).__name__}")
+        if not _is_dense(value):
+            found = f"{value.dtype} {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise CheckpointError(f"{source}: {key}: expected a dense tensor, got {found}")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CheckpointError(
                 f"{source}: {key} holds NaN or infinity; take an earlier checkpoint of the run", code="not-finite"
             )
+
+
+def _is_dense(value: object) -> bool:
+    """Whether it is a tensor of floats or whole numbers that are all there."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_nested or value.is_meta:
+        return False
+    if value.is_quantized or value.is_complex() or (value.is_floating_point() and value.dtype not in _FLOATS):
+        return False
+    return value.nbytes <= value.untyped_storage().nbytes()  # else one number may stand for a trillion
+
+
+def without_wrapper_prefixes(state: dict[str, Any], source: str) -> dict[str, Any]:
+    """The names as the network itself has them; what was left out is said on stderr."""
+    for prefix in _WRAPPER_PREFIXES:
+        if state and all(str(key).startswith(prefix) for key in state):
+            print(one_line(f"{source}: leaving out the prefix {prefix!r} of its weights' names"), file=sys.stderr)
+            state = {key[len(prefix) :]: value for key, value in state.items()}
+    return state
 
 
 def _first(keys: list[str], most: int = 5) -> str:
@@ -158,7 +180,8 @@ def load_safely(path: Path, data: bytes) -> dict[str, Any]:
     """torch.load(weights_only=True) of a dictionary, onto the CPU; `data` are the bytes of the file `path`.
 
     torch.save writes a zip file and torch.load does not look at its checksums, so a weight with a flipped bit would be
-    read as another weight; they are checked here.
+    read as another weight; they are checked here. It also unpacks compressed records, which torch.save never writes,
+    whatever memory that takes; those are refused.
 
     Raises:
         CheckpointError: not a file of torch.save, damaged, or one that holds more than plain data.
@@ -180,9 +203,11 @@ def load_safely(path: Path, data: bytes) -> dict[str, Any]:
 
 def _check_sums(data: bytes) -> None:
     """Raises:
-    ValueError, zipfile.BadZipFile: a record of the zip file does not match its checksum.
+    ValueError, zipfile.BadZipFile: a record of the zip file does not match its checksum, or all are more than the file.
     """
     if zipfile.is_zipfile(io.BytesIO(data)):  # before PyTorch 1.6 it was none, and had no checksums
         with zipfile.ZipFile(io.BytesIO(data)) as records:
+            if sum(record.file_size for record in records.infolist()) > len(data):
+                raise ValueError("its records are larger than the file")
             if damaged := records.testzip():
                 raise ValueError(f"{damaged} does not match its checksum")

@@ -26,7 +26,7 @@ class _Path(click.Path):
         return super().convert(value, param, ctx)
 
 
-PATH = _Path(path_type=Path)
+PATH = _Path(path_type=Path, readable=False)  # click would call a missing permission wrong usage
 SEED = click.IntRange(0, 2**32 - 1)
 
 # Disk, permission, descriptors and memory: the environment's fault, not the user's and not ours.

@@ -196,20 +196,20 @@ def test_folders_that_may_not_be_written(tiny_bundle: Path, pictures: Path, tmp_
 
 
 def test_nobody_measures_or_orders_by_the_wall_clock() -> None:
-    """It jumps. These are all that look at it: two stamps for people, and the age of what a killed run left, which
-    only matters where nobody holds its lock."""
+    """It jumps. It gives stamps for people, as text in UTC, and the age of what a killed run left, which only matters
+    where nobody holds its lock."""
     clock = re.compile(r"time\.time(_ns)?\(|datetime\.(now|today|utcnow)|localtime|gmtime|strftime|date\.today")
-    seen = {
+    lines = [
         (str(path.relative_to(SOURCES[0].parent)), line.strip())
         for path in SOURCES
         for line in path.read_text("utf-8").splitlines()
         if clock.search(line)
-    }
-    assert seen == {
-        ("gallery/store.py", 'when = datetime.now(timezone.utc).isoformat(timespec="seconds")'),
-        ("bench/machine.py", '"date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),'),
-        ("durable_files.py", "if time.time() - folder.stat().st_mtime < _ABANDONED_AFTER_S:"),
-    }
+    ]
+    stamps = [line for line in lines if "datetime.now(timezone.utc).isoformat(" in line[1]]
+    assert len(stamps) >= 2
+    assert [line for line in lines if line not in stamps] == [
+        ("durable_files.py", "if time.time() - folder.stat().st_mtime < _ABANDONED_AFTER_S:")
+    ]
 
 
 def test_a_clock_that_jumps_changes_neither_what_is_dropped_nor_what_is_written(
@@ -229,11 +229,9 @@ def test_a_clock_that_jumps_changes_neither_what_is_dropped_nor_what_is_written(
     for _ in range(20):
         with folder_published_as(tmp_path / "target", lambda _: None) as mine:
             os.utime(mine, (time.time(),) * 2)
-            with folder_published_as(tmp_path / "other") as other:
-                (other / "file").touch()
-            (tmp_path / "other/file").unlink()
-            (tmp_path / "other").rmdir()
-            assert mine.exists()
+            with folder_published_as(tmp_path / "target", lambda _: None):
+                pass
+            assert mine.exists()  # its lock says that it is no killed run's, whatever the dates say
     assert sorted(os.listdir(tmp_path)) == ["cache", "target"]
 
 

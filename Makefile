@@ -44,7 +44,7 @@ demo: $(VENV)/installed-toolkit
 	@echo "pair pictures: $(CURDIR)/demo/eval/0.png to $$(($$(ls demo/eval/*.png | wc -l) - 1)).png"
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -m "not triton and not browser"
+	$(BIN)/pytest -n auto --dist loadfile -m "not triton and not browser"
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -75,7 +75,7 @@ bench: $(VENV)/installed-bench
 	@failed=; run() { echo "== $$*"; $(BIN)/python benchmarks/"$$@" || failed="$$failed, $$*"; }; \
 	run evaluation.py; run runtime.py; run network.py $(CHECKPOINT_OPTION); run decoding.py; \
 	run whole.py pictures $(CHECKPOINT_OPTION); run whole.py none; run whole.py help; run whole.py memory; \
-	run scaling.py; \
+	run search.py; run gate.py; run scaling.py; \
 	test -z "$$failed" || { echo "not kept or failed: $${failed#, }"; exit 1; }
 
 LOCK = $(VENV)-lock/bin/uv pip compile --quiet --upgrade --universal --generate-hashes -c constraints.txt \

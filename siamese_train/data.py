@@ -193,7 +193,7 @@ def batches_of(loader: DataLoader[Batch]) -> Iterator[Batch]:
         yield from loader
     except Exception:
         if isinstance(loader._iterator, _MultiProcessingDataLoaderIter):
-            loader._iterator._shutdown_workers()  # type: ignore[no-untyped-call]
+            loader._iterator._shutdown_workers()
         raise
 
 
@@ -216,6 +216,6 @@ def _collate(items: list[Item], rows: int) -> Batch:
     if get_worker_info() is not None:
         # Here a full /dev/shm is an error that reaches the training process; in the loader's own thread the batch would
         # be lost without a word, and training would wait for it for ever.
-        batch.inputs.share_memory_()
-        batch.labels.share_memory_()
+        batch.inputs.share_memory_()  # type: ignore[no-untyped-call]
+        batch.labels.share_memory_()  # type: ignore[no-untyped-call]
     return batch

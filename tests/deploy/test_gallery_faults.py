@@ -162,16 +162,12 @@ def test_a_row_is_named_only_after_its_vector_is_on_the_disk(tmp_path: Path, mon
 
     store.enrol([group_of(2, rows=1)])
     happened = what_happened()
-    assert happened[happened.index("INSERT INTO picture") :] == [
-        "INSERT INTO picture",
-        "write",
-        "sync",
-        "sync",
-        "COMMIT",
-    ]
+    first = happened.index("INSERT INTO picture")
+    assert happened[first : first + 5] == ["INSERT INTO picture", "write", "sync", "sync", "COMMIT"]
+    assert "write" not in happened[first + 5 :]
     events.clear()
     store.remove(["id1"])  # and a slot is wiped only when nobody names it any more
-    assert what_happened() == [*["DELETE FROM picture"] * 3, "COMMIT", "write", "sync", "sync", "COMMIT"]
+    assert what_happened()[:8] == [*["DELETE FROM picture"] * 3, "COMMIT", "write", "sync", "sync", "COMMIT"]
 
 
 # --- other processes, forks, copies --------------------------------------------------------------------------------

@@ -16,12 +16,17 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from siamese_deploy.errors import ImageError, UsageError, code_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
+MAX_PIXELS_COSTLY = 25_000_000
+"""WebP and JPEG of several scans (progressive), whose decoders hold more than the picture; LAB, slow to convert."""
+MAX_PIXELS_RUN_LENGTH = 1_000_000
+"""Run-length encoded BMP: Pillow's decoder of it is Python, and a few bytes can stand for a row of any length."""
 MIN_SIDE_PIXELS = 8
 ALPHA_BACKGROUND = (128, 128, 128)
 # Conversion goes by way of several copies; those of a strip are small.
@@ -91,7 +96,7 @@ def decode_bytes(data: bytes, name: str = "<bytes>") -> Image.Image:
 
     def decode() -> Image.Image:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return _checked_rgb(name, image)
+            return _checked_rgb(name, image, _most_pixels(image, data))
 
     return _guarded(name, data, decode)
 
@@ -144,11 +149,32 @@ def _from_array(pixels: npt.NDArray[np.uint8]) -> Image.Image:
     return _guarded("<array>", b"", lambda: _checked_rgb("<array>", Image.fromarray(np.ascontiguousarray(pixels))))
 
 
-def _checked_rgb(name: str, image: Image.Image) -> Image.Image:
+def _most_pixels(image: Image.Image, data: bytes) -> int:
+    """Of a file that is open and not yet decoded."""
+    if image.format == "WEBP" or image.mode == "LAB" or _has_several_scans(image, data):
+        return MAX_PIXELS_COSTLY
+    if any(tile[0] == "bmp_rle" for tile in getattr(image, "tile", ())):
+        return MAX_PIXELS_RUN_LENGTH
+    return MAX_PIXELS
+
+
+def _has_several_scans(image: Image.Image, data: bytes) -> bool:
+    """Whether libjpeg has to keep all coefficients, 2 bytes each, until it has read the last scan."""
+    if not isinstance(image, JpegImageFile) or image.fp is None:
+        return False
+    # Pillow has read up to the end of the first scan's header, whose length follows from its components.
+    start = image.fp.tell() - 2 * image.layers - 8 if image.format == "JPEG" else 0
+    return "progressive" in image.info or (start > 0 and data[start : start + 2] != b"\xff\xda")
+
+
+def _checked_rgb(name: str, image: Image.Image, most: int = MAX_PIXELS) -> Image.Image:
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    if width * height > most:
+        of_its_kind = "" if most == MAX_PIXELS else " in this kind of file; save it as PNG or plain JPEG"
         raise ImageError(
-            name, f"too large: {width}x{height} pixels, at most {MAX_PIXELS:,} are accepted", code="picture-too-large"
+            name,
+            f"too large: {width}x{height} pixels, at most {most:,} are accepted{of_its_kind}",
+            code="picture-too-large",
         )
     if min(width, height) < MIN_SIDE_PIXELS:
         raise ImageError(

@@ -163,6 +163,45 @@ def test_unusable_files_give_a_reason(tmp_path: Path, content: bytes, reason: st
     assert str(path) in str(error.value)
 
 
+def saved(side: int, format_name: str, mode: str = "L", **options: object) -> bytes:
+    buffer = BytesIO()
+    Image.new(mode, (side, side)).save(buffer, format_name, **options)
+    return buffer.getvalue()
+
+
+def run_length_bmp(side: int) -> bytes:
+    info = struct.pack("<LllHHLLllLL", 40, side, side, 1, 8, 1, 0, 0, 0, 256, 0)
+    rows = (b"\xff\1" * (side // 255 + 1) + b"\0\0") * side
+    return struct.pack("<2sLLL", b"BM", 1078 + len(rows), 0, 1078) + info + bytes(1024) + rows
+
+
+def jpeg_in_scans(side: int) -> bytes:
+    """The header of a sequential JPEG that has a scan for each colour."""
+    frame = struct.pack(">HHBHHB", 0xFFC0, 17, 8, side, side, 3) + bytes([0, 17, 0, 1, 17, 0, 2, 17, 0])
+    return b"\xff\xd8" + frame + struct.pack(">HHBBBBBB", 0xFFDA, 8, 1, 0, 0, 0, 63, 0)
+
+
+def test_files_that_take_more_to_decode_may_have_fewer_pixels() -> None:
+    progressive = saved(5001, "JPEG", progressive=True)
+    for content, most in (
+        (saved(5001, "WEBP", lossless=True, method=0, quality=0), "25,000,000"),
+        (progressive, "25,000,000"),
+        (jpeg_in_scans(5001), "25,000,000"),
+        (saved(5001, "TIFF", "LAB", compression="tiff_adobe_deflate"), "25,000,000"),
+        (run_length_bmp(1001), "1,000,000"),
+    ):
+        with pytest.raises(
+            ImageError, match=f"too large: .* pixels, at most {most} are accepted in this kind"
+        ) as error:
+            decode_image(content)
+        assert error.value.code == "picture-too-large"
+    assert decode_image(saved(5001, "JPEG")).size == (5001, 5001)
+    assert decode_image(run_length_bmp(1000)).size == (1000, 1000)
+    # Decoded already, it is as any other.
+    with Image.open(BytesIO(progressive)) as image:
+        assert decode_image(image).size == (5001, 5001)
+
+
 def test_refuses_what_is_no_plain_file_or_has_no_pixels_to_speak_of(tmp_path: Path) -> None:
     Image.new("RGB", (3, 200)).save(tmp_path / "thin.png")
     Image.new("F", (20, 20)).save(tmp_path / "float.tiff")

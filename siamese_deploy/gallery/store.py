@@ -14,7 +14,7 @@ import hashlib
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -562,4 +562,21 @@ def _as_ours(path: Path, error: sqlite3.Error) -> Exception:
         return BusyError(f"{path}: another process has held it for {_BUSY_S:.0f} s; try again")
     if any(word in text for word in ("full", "readonly", "unable to open", "disk I/O", "permission")):
         return EnvironmentFault(f"{path}: {text}", code="disk-full" if "full" in text else "environment")
+    if _is_unreadable(path):
+        return EnvironmentFault(f"{path}: cannot be read; look at the disk, or restore it from a copy")
     return IntegrityError(f"{path}: damaged or no gallery ({text}); restore it from a copy", code="gallery-damaged")
+
+
+def _is_unreadable(path: Path) -> bool:
+    """Whether the disk fails to give a page. SQLite calls that malformed too, but not while it copies pages.
+
+    Not by open(): its close would end the locks that other threads of the process have on the file.
+    """
+    try:
+        with closing(sqlite3.connect(path)) as database, closing(sqlite3.connect("")) as copy:
+            database.backup(copy)
+    except sqlite3.OperationalError:
+        return True
+    except sqlite3.Error:
+        return False
+    return False

@@ -11,9 +11,14 @@ from crash.worker import Worker, compiled_shim, ram_folder
 
 
 @pytest.fixture(scope="session")
-def worker(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled_shim(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_bundle: Path, shim: Path) -> Iterator[Worker]:
     os.environ[protocols.BUNDLE] = str(tiny_bundle)
-    made = Worker(tiny_bundle, compiled_shim(tmp_path_factory.mktemp("shim")))
+    made = Worker(tiny_bundle, shim)
     yield made
     made.close()
     del os.environ[protocols.BUNDLE]

@@ -174,7 +174,7 @@ class Disk:
         yield "last name lost", self._image(every[:-1], _kept)
         for draw in range(draws):
             chance = random.Random(seed * 1000 + draw)  # noqa: S311
-            share = chance.choice((0.2, 0.5, 0.8))
+            share = chance.choice((0.2, 0.5, 0.8, 0.95))
             names = [k for k in every if chance.random() < share]
             yield (
                 f"draw {draw}",

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from crash.protocols import PROTOCOLS, Protocol
-from crash.worker import Board, Job, Worker, kill_in_a_step
+from crash.worker import Board, Job, Worker
 
 _KILLS_IN_ONE_FOLDER = 20
 _FOR_EVER = 10**9
-
-
 _STEPS_BEFORE_A_KILL = 3
 """At most; drawn anew for every kill."""
 
@@ -62,7 +63,7 @@ def kill_writers(worker: Worker, folder: Path, name: str, kills: int, *, rows: i
             board.reset(done)
             job = Job(name, str(root), done, _FOR_EVER, rows, sabotage=sabotage, board=str(folder / "board"))
             wait_s = chance.uniform(0, _STEPS_BEFORE_A_KILL * step_s)
-            report.in_step += kill_in_a_step(worker, job, board, wait_s)
+            report.in_step += _kill_in_a_step(worker, job, board, wait_s)
             report.kills += 1
             acknowledged = board.done - done
             report.steps += acknowledged
@@ -76,6 +77,21 @@ def kill_writers(worker: Worker, folder: Path, name: str, kills: int, *, rows: i
         if _judged(protocol, done) == protocol.expected(done + 1) or protocol.leftovers():
             raise Lost(f"{name}: recovered to {protocol.view(done + 2)}, left {protocol.leftovers()}")
     return report
+
+
+def _kill_in_a_step(worker: Worker, job: Job, board: Board, seconds: float) -> bool:
+    """Start the job, and kill it so long after its first step began; whether it was within a step."""
+    child = worker.start(job)
+    deadline = time.monotonic() + 60
+    while not board.in_step and board.done == job.first and time.monotonic() < deadline:
+        time.sleep(0.0002)
+    time.sleep(seconds)
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    answer = worker.ended()
+    if answer.get("signal") != signal.SIGKILL:
+        raise Lost(f"{job.protocol}: the next writer cannot go on: {answer}")
+    return board.in_step
 
 
 def _judged(protocol: Protocol, done: int) -> object:

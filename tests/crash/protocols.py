@@ -398,7 +398,8 @@ class CachedEmbeddings(Protocol):
     """The embedding cache: whatever happens, no wrong vector. A record may be lost when the power goes."""
 
     acknowledged_survives_power_loss = False
-    dim: ClassVar[int] = 48
+    dim: ClassVar[int] = 300
+    """1200 bytes, so that a sector can be lost from the middle of a vector, and SQLite sees nothing of it."""
 
     def _vectors(self, n: int) -> np.ndarray:
         rows = np.arange(self.rows)[:, None]
@@ -527,7 +528,6 @@ class Results(Protocol):
 
 PROTOCOLS: dict[str, type[Protocol]] = {
     "atomic file": AtomicFile,
-    "checkpoint": Checkpoints,
     "new bundle": NewBundles,
     "replaced bundle": ReplacedBundle,
     "replaced bundle, no exchange": ReplacedBundleWithoutExchange,
@@ -536,4 +536,5 @@ PROTOCOLS: dict[str, type[Protocol]] = {
     "embedding cache": CachedEmbeddings,
     "engine cache": Engines,
     "results": Results,
+    "checkpoint": Checkpoints,  # the last: a process with torch in it forks slowly
 }

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sqlite3
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ def _lazy_sqlite() -> None:
     sqlite3.connect = connect  # type: ignore[assignment]
 
 
+def _folder_left_to_sqlite() -> None:
+    """SQLite takes a folder that it cannot open for one that is synced."""
+    store.fsync_path = lambda path: None  # type: ignore[assignment]
+
+
 def _vectors_after_the_commit() -> None:
     """Rows are committed first and their vectors written next."""
     real, waiting = vectors.write_slots, []
@@ -68,6 +74,7 @@ def _vectors_after_the_commit() -> None:
 
     def enrolled(self: Any, *arguments: Any, **options: Any) -> Any:
         outcome = enrol(self, *arguments, **options)
+        time.sleep(0.01)  # for kills to meet it
         for call in waiting:
             real(*call)
         waiting.clear()
@@ -97,6 +104,7 @@ _SABOTAGE: dict[str, Callable[[], object]] = {
     "written in place": _write_in_place,
     "no transaction": _no_transaction,
     "lazy SQLite": _lazy_sqlite,
+    "folder left to SQLite": _folder_left_to_sqlite,
     "vectors after the commit": _vectors_after_the_commit,
     "errors swallowed": _swallowed,
 }

@@ -5,6 +5,7 @@ left lying about; and the same step works when the fault is over. SIAMESE_FAULTS
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -18,7 +19,7 @@ DEEP = os.environ.get("SIAMESE_FAULTS") == "1"
 
 @pytest.mark.parametrize("name", ["atomic file"])
 def test_some_calls_fail(name: str, worker: Worker, scratch: Path) -> None:
-    report = FaultLoop(worker, scratch, every=5).run(name)
+    report = FaultLoop(worker, scratch, every=8).run(name)
     assert report.errors > 5
     assert report.violations == []
 
@@ -41,3 +42,9 @@ def test_an_error_that_is_swallowed_is_missed(worker: Worker, scratch: Path) -> 
 def test_a_file_written_in_place_is_missed(worker: Worker, scratch: Path) -> None:
     report = FaultLoop(worker, scratch, every=3).run("atomic file", sabotage="written in place")
     assert any("No space" in violation for violation in report.violations)
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_synced_is_missed(worker: Worker, scratch: Path) -> None:
+    report = FaultLoop(worker, scratch, steps=1, errors=(errno.EIO,)).run("gallery", sabotage="folder left to SQLite")
+    assert any("power lost" in violation for violation in report.violations)

@@ -7,6 +7,7 @@ class `Worker` is its other end.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import shutil
@@ -14,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
@@ -208,9 +208,12 @@ def do(job: Job) -> Outcome:
 
 
 def serve() -> None:
-    from crash import protocols
+    from crash import protocols, sabotage  # noqa: F401 - once, and not in every fork
 
     protocols._base_bundle()
+    exit_code_of(lambda: None)
+    gc.collect()
+    gc.freeze()  # a fork's collector would copy every page
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
         job = Job(**json.loads(line))
@@ -245,20 +248,6 @@ def ram_folder() -> Path | None:
     """A folder in memory, for what is written thousands of times and whose crashes are simulated anyway."""
     shared = Path("/dev/shm")  # noqa: S108
     return Path(tempfile.mkdtemp(prefix="siamese-crash-", dir=shared)) if os.access(shared, os.W_OK) else None
-
-
-def kill_in_a_step(worker: Worker, job: Job, board: Board, seconds: float) -> bool:
-    """Start the job, and kill it so long after its first step began; whether it was within a step."""
-    child = worker.start(job)
-    deadline = time.monotonic() + 60
-    while not board.in_step and board.done == job.first:
-        assert time.monotonic() < deadline, "it never began"
-        time.sleep(0.0002)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    answer = worker.ended()
-    assert answer.get("signal") == signal.SIGKILL, answer
-    return board.in_step
 
 
 if __name__ == "__main__":

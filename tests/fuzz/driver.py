@@ -2,7 +2,10 @@
 
 A target answers each input with the name of an outcome; whatever it raises is a bug found. So is a child that dies of
 a signal, an input that takes longer than it may, and memory above the limit. Every input follows from a seed and its
-number alone, and those that once found a bug lie in corpus/<target> and are met first in every run.
+number alone, and those that once found a bug lie in corpus/<target>, compressed, and are met first in every run.
+
+Several targets of one file can share a child, since some take seconds to start: "stores:Galleries+Caches". Inputs begin
+with their target's name and a line break.
 """
 
 from __future__ import annotations
@@ -76,26 +79,29 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     worst_s: float = 0.0
     worst_number: int = 0
+    different: int = 0
+    """Inputs that no earlier one in the same child process was equal to."""
     peak_mib: float = 0.0
     seconds: float = 0.0
 
     def line(self) -> str:
         counts = ", ".join(f"{count:,} {name}" for name, count in self.outcomes.most_common(12))
         return (
-            f"{sum(self.outcomes.values()):,} inputs in {self.seconds:.1f} s; worst {self.worst_s:.3f} s (number "
-            f"{self.worst_number}), peak {self.peak_mib:.0f} MiB; {counts}"
+            f"{sum(self.outcomes.values()):,} inputs, {self.different:,} different, in {self.seconds:.1f} s; worst "
+            f"{self.worst_s:.3f} s (number {self.worst_number}), peak {self.peak_mib:.0f} MiB; {counts}"
         )
 
     def add(self, other: Report) -> None:
         self.outcomes += other.outcomes
         self.findings += other.findings
+        self.different += other.different
         self.peak_mib = max(self.peak_mib, other.peak_mib)
         if other.worst_s > self.worst_s:
             self.worst_s, self.worst_number = other.worst_s, other.worst_number
 
 
 def fuzz(target: str, folder: Path, count: int, *, seed: int = 1, first: int = 0, broken: bool = False) -> Report:
-    """Run `target` ("module:Class" in this folder) on its corpus and on `count` inputs.
+    """Run `target` ("module:Class" or "module:Class+Class" in this folder) on its corpus and on `count` inputs.
 
     Args:
         folder: for the target's files.
@@ -112,7 +118,7 @@ def fuzz(target: str, folder: Path, count: int, *, seed: int = 1, first: int = 0
     report.seconds = time.monotonic() - started
     print(f"\n{target}, seed {seed}: {report.line()}")
     if not broken:
-        _keep(target, report.findings)
+        _keep(report.findings)
     return report
 
 
@@ -120,16 +126,21 @@ def assert_clean(report: Report) -> None:
     assert not report.findings, "\n\n".join(f"input {f.number}: {f.what}" for f in report.findings)
 
 
-def _corpus(target: str) -> list[Path]:
-    return sorted(file for file in (CORPUS / target.partition(":")[2].lower()).glob("*") if file.is_file())
+def _corpus(target: str) -> list[bytes]:
+    return [
+        kind.encode() + b"\n" + zlib.decompress(file.read_bytes())
+        for kind in target.partition(":")[2].split("+")
+        for file in sorted((CORPUS / kind.lower()).glob("*"))
+    ]
 
 
-def _keep(target: str, findings: list[Finding]) -> None:
+def _keep(findings: list[Finding]) -> None:
     for finding in findings:
         if finding.number >= 0 and len(finding.data) <= _LARGEST_KEPT:
-            folder = CORPUS / target.partition(":")[2].lower()
-            folder.mkdir(exist_ok=True)
-            (folder / f"{zlib.crc32(finding.data):08x}").write_bytes(finding.data)
+            kind, _, data = finding.data.partition(b"\n")
+            folder = CORPUS / kind.decode().lower()
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{zlib.crc32(data):08x}").write_bytes(zlib.compress(data, 9))
 
 
 def _run_child(target: str, folder: Path, seed: int, first: int, at: int, end: int, broken: bool) -> tuple[Report, int]:
@@ -152,6 +163,7 @@ def _run_child(target: str, folder: Path, seed: int, first: int, at: int, end: i
             [Finding(number, what, base64.b64decode(data)) for number, what, data in content["findings"]],
             content["worst_s"],
             content["worst_number"],
+            content["different"],
             content["peak_mib"],
         )
         at = content["next"]
@@ -167,35 +179,39 @@ def _run_child(target: str, folder: Path, seed: int, first: int, at: int, end: i
 
 
 def _numbered_inputs(
-    target: Target, name: str, seed: int, first: int, at: int, end: int
+    targets: dict[str, Target], name: str, seed: int, first: int, at: int, end: int
 ) -> Iterator[tuple[int, bytes]]:
     corpus = _corpus(name)
     for place in range(at, first):
-        number = place - first
-        yield number, corpus[number].read_bytes()
+        yield place - first, corpus[place - first]
     for number in range(max(at, first), end):
-        yield number, target.make(np.random.RandomState([seed, number]), number)
+        kind = list(targets)[number % len(targets)]
+        made = targets[kind].make(np.random.RandomState([seed, number]), number // len(targets))
+        yield number, kind.encode() + b"\n" + made
 
 
 def _child(name: str, folder: Path, seed: int, first: int, at: int, end: int, broken: bool) -> None:
-    module, _, kind = name.partition(":")
-    work = folder / "work"
-    work.mkdir()
-    target: Target = getattr(import_module(f"fuzz.{module}"), kind)(work)
-    if broken:
-        target.sabotage()
+    module, _, kinds = name.partition(":")
+    targets: dict[str, Target] = {}
+    for kind in kinds.split("+"):
+        (folder / "work" / kind).mkdir(parents=True)
+        targets[kind] = getattr(import_module(f"fuzz.{module}"), kind)(folder / "work" / kind)
+        if broken:
+            targets[kind].sabotage()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**30, 2**30))
-    _limit_address_space(target.memory_mib)
+    _limit_address_space(max(target.memory_mib for target in targets.values()))
     for end_of_time in (signal.SIGALRM, signal.SIGPROF):  # they end the process even inside a library
         signal.signal(end_of_time, signal.SIG_DFL)
-    report = Report()
+    report, seen = Report(), set[int]()
     place = at
     current = os.open(folder / "current", os.O_RDWR | os.O_CREAT)
     try:
-        for number, data in _numbered_inputs(target, name, seed, first, at, end):
+        for number, data in _numbered_inputs(targets, name, seed, first, at, end):
             os.pwrite(current, struct.pack("<qq", number, len(data)) + data, 0)
-            _one(target, number, data, report)
+            _one(targets, number, data, report)
+            seen.add(hash(data))
+            report.different = len(seen)
             place += 1
             if len(report.findings) >= _MOST_FINDINGS:
                 break
@@ -205,14 +221,16 @@ def _child(name: str, folder: Path, seed: int, first: int, at: int, end: int, br
         _write_report(folder, report, place)
 
 
-def _one(target: Target, number: int, data: bytes, report: Report) -> None:
+def _one(targets: dict[str, Target], number: int, data: bytes, report: Report) -> None:
+    kind, _, content = data.partition(b"\n")
+    target = targets[kind.decode()]
     for timer, limit_s in _HANG.items():
         signal.setitimer(timer, limit_s)
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # the peak counts anew from here: making an input may take more than checking it
     started = time.process_time()
     try:
-        outcome = target.check(data)
+        outcome = target.check(content)
     except BaseException as error:  # Rust's panics are no Exception
         trace = "".join(traceback.format_exception(error)[-8:])
         report.findings.append(Finding(number, f"{type(error).__name__}: {str(error)[:500]}\n{trace[-3000:]}", data))
@@ -220,11 +238,11 @@ def _one(target: Target, number: int, data: bytes, report: Report) -> None:
     seconds = time.process_time() - started
     for timer in _HANG:
         signal.setitimer(timer, 0)
-    report.outcomes[outcome] += 1
+    report.outcomes[f"{kind.decode()}: {outcome}"] += 1
     if seconds > report.worst_s:
         report.worst_s, report.worst_number = seconds, number
-        if seconds > target.seconds:
-            report.findings.append(Finding(number, f"took {seconds:.1f} s, at most {target.seconds} are allowed", data))
+    if seconds > target.seconds:
+        report.findings.append(Finding(number, f"took {seconds:.1f} s, at most {target.seconds} are allowed", data))
     peak = _status_mib("VmHWM")
     if peak > report.peak_mib:
         if report.peak_mib <= target.memory_mib < peak:
@@ -252,6 +270,7 @@ def _write_report(folder: Path, report: Report, place: int) -> None:
         "findings": [(f.number, f.what, base64.b64encode(f.data).decode()) for f in report.findings],
         "worst_s": report.worst_s,
         "worst_number": report.worst_number,
+        "different": report.different,
         "peak_mib": report.peak_mib,
         "next": place,
     }

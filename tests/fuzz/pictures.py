@@ -350,42 +350,62 @@ def _checked(image: Image.Image) -> Image.Image:
     return image
 
 
-def _large(mode: str, format_name: str, **options: object) -> Callable[[], bytes]:
-    return lambda: _saved(Image.new(mode, (7071, 7071)), format_name, **options)
+def _large(mode: str, format_name: str, side: int = 7071, **options: object) -> Callable[[], bytes]:
+    return lambda: _saved(Image.new(mode, (side, side)), format_name, **options)
+
+
+def _jpeg_in_scans(side: int, components: int) -> bytes:
+    """Sequential, but with a scan for each component; all of one colour. Pillow writes no such files."""
+    plain = _saved(Image.new("L", (8, 8)), "JPEG")
+    tables, at = b"", 2
+    while plain[at + 1] != 0xDA:
+        end = at + 2 + struct.unpack_from(">H", plain, at + 2)[0]
+        tables += plain[at:end] if plain[at + 1] in (0xDB, 0xC4) else b""
+        at = end
+    sizes = b"".join(bytes([k, 0x11, 0]) for k in range(components))
+    frame = struct.pack(">HHBHHB", 0xFFC0, 8 + 3 * components, 8, side, side, components) + sizes
+    blocks = b"\x28\xa2\x8a" * (((side + 7) // 8) ** 2 // 4 + 1)  # four blocks of "no change, end of block"
+    scans = (struct.pack(">HHBBBBBB", 0xFFDA, 8, 1, k, 0, 0, 63, 0) + blocks for k in range(components))
+    return b"\xff\xd8" + tables + frame + b"".join(scans) + b"\xff\xd9"
+
+
+def _run_length_bmp(depth: int, side: int, pixels: bytes) -> bytes:
+    head = struct.pack("<2sLLL", b"BM", 1078 + len(pixels), 0, 1078)
+    return (
+        head
+        + struct.pack("<LllHHLLllLL", 40, side, side, 1, depth, 3 - depth // 4, 0, 0, 0, 256, 0)
+        + (bytes(1024) + pixels)
+    )
 
 
 _SIDEWAYS = b"Exif\0\0II*\0" + struct.pack("<LHHHLHHL", 8, 1, 0x0112, 3, 1, 6, 0, 0)
 LARGE: dict[str, Callable[[], bytes]] = {
-    "PNG 1": _large("1", "PNG"),
-    "PNG L": _large("L", "PNG"),
-    "PNG I;16": _large("I;16", "PNG"),
+    "PNG I;16": _large("I;16", "PNG", compress_level=1),
     "PNG LA": _large("LA", "PNG", compress_level=1),
-    "PNG P transparent": _large("P", "PNG", transparency=0),
+    "PNG P transparent": _large("P", "PNG", compress_level=1, transparency=0),
     "PNG RGB": _large("RGB", "PNG", compress_level=1),
     "PNG RGBA": _large("RGBA", "PNG", compress_level=1),
     "PNG RGB sideways": _large("RGB", "PNG", compress_level=1, exif=_SIDEWAYS[6:]),
-    "JPEG L": _large("L", "JPEG"),
     "JPEG RGB": _large("RGB", "JPEG"),
-    "JPEG RGB progressive sideways": _large("RGB", "JPEG", progressive=True, subsampling=0, exif=_SIDEWAYS),
+    "JPEG RGB progressive sideways": _large("RGB", "JPEG", 5000, progressive=True, subsampling=0, exif=_SIDEWAYS),
     "JPEG CMYK": _large("CMYK", "JPEG"),
-    "WEBP RGB": _large("RGB", "WEBP", lossless=True, method=0, quality=0),
-    "WEBP RGBA": _large("RGBA", "WEBP", lossless=True, method=0, quality=0),
-    "GIF": _large("L", "GIF"),
+    "JPEG CMYK in scans": lambda: _jpeg_in_scans(5000, 4),
+    "WEBP RGB lossy": _large("RGB", "WEBP", 5000, method=0),
+    "WEBP RGB": _large("RGB", "WEBP", 5000, lossless=True, method=0, quality=0),
+    "WEBP RGBA": _large("RGBA", "WEBP", 5000, lossless=True, method=0, quality=0),
     "GIF transparent": _large("P", "GIF", transparency=0),
-    "TIFF RGB lzw": _large("RGB", "TIFF", compression="tiff_lzw"),
     "TIFF RGBA deflate": _large("RGBA", "TIFF", compression="tiff_adobe_deflate"),
     "TIFF CMYK jpeg": _large("CMYK", "TIFF", compression="jpeg"),
-    "TIFF 1 group4": _large("1", "TIFF", compression="group4"),
-    "TIFF LAB deflate": _large("LAB", "TIFF", compression="tiff_adobe_deflate"),
+    "TIFF LAB deflate": _large("LAB", "TIFF", 5000, compression="tiff_adobe_deflate"),
+    "TIFF RGBA one strip": _large("RGBA", "TIFF", compression="tiff_adobe_deflate", tiffinfo={278: 7071}),
+    "BMP run-length 8": lambda: _run_length_bmp(8, 1000, b"\0\2\1\0\0\0" * 1000),
+    "BMP run-length 4": lambda: _run_length_bmp(4, 1000, (b"\xff\x12" * 4 + b"\0\0") * 1000),
 }
 """Small files of as many pixels as are accepted."""
 
 
 class LargePictures(Pictures):
     """The most pixels that are accepted, in each kind of file."""
-
-    memory_mib = 896  # a WebP lies in libwebp's own canvases too, a progressive JPEG's coefficients in libjpeg's memory
-    seconds = 5.0
 
     def make(self, random: np.random.RandomState, number: int) -> bytes:
         return list(LARGE.values())[number]()

@@ -7,28 +7,28 @@ from fuzz.driver import assert_clean, fuzz, inputs
 from fuzz.pictures import LARGE, MAKERS
 
 
-def test_a_thousand_pictures_are_decoded_or_refused_with_a_reason(tmp_path: Path) -> None:
-    report = fuzz("pictures:Pictures", tmp_path, 1000)
+def test_pictures_are_decoded_or_refused_with_a_reason(tmp_path: Path) -> None:
+    report = fuzz("pictures:Pictures", tmp_path, 600)
     assert_clean(report)
     # Were nearly all refused at once, little would be tested.
-    assert report.outcomes["decoded"] > 250
+    assert report.outcomes["Pictures: decoded"] > 150
     assert len(report.outcomes) >= 5
 
 
 @pytest.mark.slow
 def test_many_pictures_are_decoded_or_refused_with_a_reason(tmp_path: Path) -> None:
-    assert_clean(fuzz("pictures:Pictures", tmp_path, inputs(20_000), seed=2))
+    assert_clean(fuzz("pictures:Pictures", tmp_path, inputs(8_000), seed=2))
 
 
 @pytest.mark.slow
 def test_the_largest_pictures_are_decoded_within_the_limits(tmp_path: Path) -> None:
     report = fuzz("pictures:LargePictures", tmp_path, len(LARGE))
     assert_clean(report)
-    assert set(report.outcomes) == {"decoded"}
+    assert set(report.outcomes) == {"LargePictures: decoded"}
 
 
 def test_an_exception_that_is_let_through_is_noticed(tmp_path: Path) -> None:
-    report = fuzz("pictures:Pictures", tmp_path, 1000, broken=True)
+    report = fuzz("pictures:Pictures", tmp_path, 600, broken=True)
     assert {f.what.partition(":")[0] for f in report.findings} & {"SyntaxError", "ValueError", "DecompressionBombError"}
 
 

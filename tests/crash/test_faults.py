@@ -27,7 +27,7 @@ def test_some_calls_fail(name: str, worker: Worker, scratch: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_call_fails(name: str, worker: Worker, scratch: Path) -> None:
-    report = FaultLoop(worker, scratch, every=1 if DEEP else 31 if name == "gallery" else 7).run(name)
+    report = FaultLoop(worker, scratch, every=1 if DEEP else 61 if name == "gallery" else 15).run(name)
     print(f"{name}: {report}")
     assert report.errors > 0
     assert report.violations == []

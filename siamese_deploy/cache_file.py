@@ -95,7 +95,10 @@ def opened(path: Path, patience_s: float) -> Iterator[sqlite3.Connection]:
 
 def one(connection: sqlite3.Connection, statement: str) -> Any:
     """The only value that `statement` gives."""
-    return connection.execute(statement).fetchone()[0]
+    try:
+        return connection.execute(statement).fetchone()[0]
+    except UnicodeDecodeError as error:  # SQLite quotes a damaged schema in its message
+        raise sqlite3.DatabaseError("its schema is damaged") from error
 
 
 def select(connection: sqlite3.Connection, keys: Sequence[bytes]) -> list[Row]:

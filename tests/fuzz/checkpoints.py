@@ -15,6 +15,7 @@ import torch
 from fuzz.driver import Target
 from fuzz.mutations import VALUES, flipped, mutated, mutated_json
 from torch import nn
+from torchvision.models import list_models
 from torchvision.models._api import register_model
 
 import siamese_train.weights
@@ -52,7 +53,8 @@ class _Checkpoints(Target):
 
     def __init__(self, folder: Path) -> None:
         torch.set_num_threads(1)
-        register_model("fuzz_net")(_Net)
+        if "fuzz_net" not in list_models():  # two targets share a process
+            register_model("fuzz_net")(_Net)
         torch.manual_seed(0)
         self.file, self.canary = folder / "a.pth", folder / "canary"
         model = SiameseNetwork("fuzz_net", IMAGE_SIZE)

@@ -91,7 +91,9 @@ def export_gallery(folder: str | os.PathLike[str], target: Path) -> int:
                 file.write(vectors.astype("<f4").tobytes())
                 for slot in slots[row].tolist():
                     if slot not in record:
-                        raise IntegrityError(f"{folder}: damaged (its indexes disagree); restore it from a copy")
+                        raise IntegrityError(
+                            f"{folder}: damaged (its indexes disagree); restore it from a copy", code="gallery-damaged"
+                        )
                     picture = record[slot]
                     values = (picture.name, picture.source, picture.sha256.hex(), picture.enrolled_utc)
                     writer.writerow((n_rows, *values))

@@ -260,7 +260,7 @@ class GalleryRows(Protocol):
         if kind in ("replace", "add"):
             return kind, [group(n - 1 if kind == "replace" else n - 2, range(self.rows))]
         if n % 8 == 4:
-            return kind, [group(n, range(self.rows)), group(n + 100_000, range(50, 52))]
+            return kind, [group(n, range(self.rows)), group(n + 100_000, range(1000, 1002))]
         return kind, [group(n, range(self.rows))]
 
     def _vector(self, n: int, row: int, generation: int) -> np.ndarray:

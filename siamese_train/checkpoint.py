@@ -18,7 +18,7 @@ from siamese_deploy.durable_files import write_atomically
 from siamese_deploy.errors import CheckpointError, InputDataError, UsageError
 from siamese_train.config import TrainConfig
 from siamese_train.model import SiameseNetwork
-from siamese_train.weights import load_safely, load_strictly, require_finite, without_wrapper_prefixes
+from siamese_train.weights import load_safely, load_strictly, require_finite, require_fit, without_wrapper_prefixes
 
 REFERENCE_IMAGE_SIZE = 224
 _REQUIRED = {"epoch": int, "model_state_dict": dict, "backbone": str, "optimizer_state_dict": dict}
@@ -47,11 +47,16 @@ class Checkpoint:
         Raises:
             CheckpointError: the backbone is unknown, or the weights do not fit it or are not finite.
         """
+        source = f"{self.path} (backbone {self.backbone})"
         try:
+            # A small file may name a large network, of which only the shapes are there on the meta device.
+            with torch.device("meta"):
+                bare = SiameseNetwork(self.backbone, self.image_size, self.embedding_dim)
+            require_fit(bare, self.model_state, source)
             model = SiameseNetwork(self.backbone, self.image_size, self.embedding_dim)
         except UsageError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
-        load_strictly(model, self.model_state, f"{self.path} (backbone {self.backbone})")
+        load_strictly(model, self.model_state, source)
         return model.eval()
 
 

@@ -105,20 +105,19 @@ def build_backbone(name: str, embedding_dim: int = 0) -> nn.Module:
 
 
 def embedding_width(network: nn.Module, name: str, image_size: int) -> int:
-    """Numbers per picture that the network gives, found by running it on a black one.
+    """Numbers per picture that the network gives.
 
     Raises:
         UsageError: it cannot take pictures of `image_size` pixels.
     """
-    was_training = network.training
-    black = torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device)
+    bare = _without_numbers(network)
     try:
         with torch.no_grad():
-            output = network.eval()(black)
+            output = bare(torch.zeros(1, 3, image_size, image_size, device="meta"))
     except (RuntimeError, AssertionError) as error:
         smallest, largest = input_sizes(network)
         if smallest <= image_size <= (largest or image_size):
-            raise  # the size is not to blame; memory may be
+            raise  # the size is not to blame
         if largest is None:
             raise UsageError(
                 f"backbone {name} cannot take pictures of {image_size} px a side: it needs at least {smallest}; "
@@ -128,8 +127,6 @@ def embedding_width(network: nn.Module, name: str, image_size: int) -> int:
         raise UsageError(
             f"backbone {name} takes pictures of {taken} px a side, got {image_size}: use --image_size {largest}"
         ) from error
-    finally:
-        network.train(was_training)
     return int(output.shape[1])
 
 
@@ -138,9 +135,7 @@ def input_sizes(network: nn.Module) -> tuple[int, int | None]:
 
     Found by trying: all networks of torchvision.models take 224 px, and either every larger size or none from 448 on.
     """
-    # On PyTorch's meta device a network is run without its numbers: nothing but shapes is worked out.
-    tensors: list[torch.Tensor] = [*network.parameters(), *network.buffers()]
-    bare = copy.deepcopy(network, {id(tensor): tensor.detach().to("meta") for tensor in tensors}).eval()
+    bare = _without_numbers(network)
 
     def takes(size: int) -> bool:
         try:
@@ -154,3 +149,9 @@ def input_sizes(network: nn.Module) -> tuple[int, int | None]:
     if takes(448):
         return smallest, None
     return smallest, 223 + bisect.bisect_left(range(224, 449), True, key=lambda size: not takes(size))
+
+
+def _without_numbers(network: nn.Module) -> nn.Module:
+    """A copy on PyTorch's meta device, where running it works out nothing but shapes; in inference mode."""
+    tensors: list[torch.Tensor] = [*network.parameters(), *network.buffers()]
+    return copy.deepcopy(network, {id(tensor): tensor.detach().to("meta") for tensor in tensors}).eval()

@@ -69,6 +69,23 @@ def load_strictly(module: nn.Module, state: dict[str, Any], source: str) -> None
         CheckpointError: missing or unexpected keys, other shapes or kinds of number, or values that are no finite
             dense tensors, also after the conversion.
     """
+    require_fit(module, state, source)
+    own = module.state_dict()
+    converted = [key for key in own if state[key].dtype != own[key].dtype]
+    if converted:
+        first = f"{converted[0]} from {state[converted[0]].dtype} to {own[converted[0]].dtype}"
+        print(one_line(f"{source}: converting {len(converted)} weights ({first}, ...)"), file=sys.stderr)
+        state = state | {key: state[key].to(own[key].dtype) for key in converted}
+        require_finite(state, source)  # what fits into float64 may be infinite in float32
+    module.load_state_dict(state)
+
+
+def require_fit(module: nn.Module, state: dict[str, Any], source: str) -> None:
+    """Whether `state` can be loaded into `module`, which may be one on PyTorch's meta device.
+
+    Raises:
+        CheckpointError: as `load_strictly`.
+    """
     require_finite(state, source)
     own = module.state_dict()
     differing = {
@@ -88,13 +105,6 @@ def load_strictly(module: nn.Module, state: dict[str, Any], source: str) -> None
     if any(differing.values()):
         lists = (f"{len(keys)} {what}: {_first(keys)}" for what, keys in differing.items() if keys)
         raise CheckpointError(f"{source}: weights of another network; {'; '.join(lists)}", code="other-network")
-    converted = [key for key in own if state[key].dtype != own[key].dtype]
-    if converted:
-        first = f"{converted[0]} from {state[converted[0]].dtype} to {own[converted[0]].dtype}"
-        print(one_line(f"{source}: converting {len(converted)} weights ({first}, ...)"), file=sys.stderr)
-        state = state | {key: state[key].to(own[key].dtype) for key in converted}
-        require_finite(state, source)  # what fits into float64 may be infinite in float32
-    module.load_state_dict(state)
 
 
 def require_finite(state: dict[str, Any], source: str) -> None:

@@ -222,6 +222,8 @@ class GalleryStore:
         vectors: list[Embeddings] = []
         with self._writing() as database:
             _, dim, file = self._model(database)
+            if replace:
+                _mend_indexes(database)
             with VectorFile(self.folder / file, dim) as stored:
                 for group in groups:
                     outcome = _new_pictures(database, stored, group, add, replace)
@@ -243,6 +245,7 @@ class GalleryStore:
             InputDataError: one of them is not enrolled.
         """
         with self._writing() as database:
+            _mend_indexes(database)
             removed = 0
             for name in dict.fromkeys(names):
                 count = _free(database, name)
@@ -527,6 +530,13 @@ def _take_slots(database: sqlite3.Connection, number: int) -> list[int]:
     slots = [slot for (slot,) in database.execute(query, (number,))]
     database.executemany("DELETE FROM free_slot WHERE slot = ?", [(slot,) for slot in slots])
     return slots + list(range(end, end + number - len(slots)))
+
+
+def _mend_indexes(database: sqlite3.Connection) -> None:
+    """What a damaged index does not find would stay behind a removal. The rows, which have seals, say what it holds."""
+    for table in ("identity", "picture"):
+        if database.execute(f"PRAGMA integrity_check({table})").fetchall() != [("ok",)]:
+            database.execute(f"REINDEX {table}")
 
 
 def _check_slots(database: sqlite3.Connection) -> None:

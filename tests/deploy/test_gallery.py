@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,6 +230,25 @@ def test_replaced_is_gone_from_the_disk_too(gallery: Gallery, pictures: Path) ->
     gallery.enrol("apple", [pictures / "apple/3.png"], replace=True, doubles=False)
     for vector in old:
         assert vector not in vectors_file(gallery).read_bytes()
+
+
+@pytest.mark.parametrize("how", ["remove", "replace"])
+def test_an_index_that_misses_a_row_keeps_none_behind(how: str, gallery: Gallery, pictures: Path) -> None:
+    def schema(statement: str, *values: object) -> list[tuple[object, ...]]:
+        with closing(sqlite3.connect(gallery.store.folder / DATABASE)) as database, database:
+            database.execute("PRAGMA writable_schema = ON")
+            return database.execute(statement, values).fetchall()
+
+    (index,) = schema("DELETE FROM sqlite_master WHERE name = 'picture_of_identity' RETURNING *")
+    gallery.enrol("apple", [pictures / "apple/3.png"], add=True, doubles=False)
+    schema("INSERT INTO sqlite_master VALUES (?, ?, ?, ?, ?)", *index)
+    if how == "remove":
+        assert gallery.remove("apple") == DRAWINGS
+    else:
+        gallery.enrol("apple", [pictures / "apple/0.png"], replace=True, doubles=False)
+    left = [picture.source for picture in gallery.store.pictures() if picture.name not in CLASSES[1:]]
+    assert left == ([] if how == "remove" else [str(pictures / "apple/0.png")])
+    assert gallery.identify(pictures / "apple/3.png").damaged == 0
 
 
 def test_a_replacement_writes_beside_what_it_replaces(gallery: Gallery, pictures: Path) -> None:

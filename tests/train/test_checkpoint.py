@@ -3,10 +3,13 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from networks import SMALL, own_checkpoint, random_network, reference_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from siamese_deploy.errors import CheckpointError, InputDataError
 from siamese_train.checkpoint import read_checkpoint
@@ -122,3 +125,34 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
         torch.save(content | {"siamese_toolkit": own}, tmp_path / "c.pth")
         with pytest.raises(CheckpointError, match=words):
             read_checkpoint(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "image_size", "embedding_dim"),
+    [("vit_h_14", 224, 0), ("squeezenet1_1", 65_536, 7), ("resnet18", 224, 65_536)],
+)
+def test_a_small_file_that_names_a_large_network_costs_nothing(
+    tmp_path: Path, backbone: str, image_size: int, embedding_dim: int
+) -> None:
+    path = own_checkpoint(tmp_path / "a.pth", random_network(), *SMALL)
+    content = torch.load(path, weights_only=True)
+    content["backbone"] = backbone
+    content["siamese_toolkit"]["config"] |= {"image_size": image_size, "embedding_dim": embedding_dim}
+    torch.save(content, path)
+    checkpoint = read_checkpoint(path)
+    with TensorBytes() as counted, pytest.raises(CheckpointError, match="weights of another network"):
+        checkpoint.build_model()
+    assert counted.most < 2**24
+
+
+class TensorBytes(TorchDispatchMode):
+    """`most`: bytes of the largest tensor that any operation gave, but on the meta device, where none has any."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(result)[0]:
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self.most = max(self.most, tensor.nbytes)
+        return result

@@ -135,7 +135,11 @@ def tested(package_root: Path, tests: list[str], limit_s: float) -> str:
             "-c",
             str(ROOT / "pyproject.toml"),
         ]
-        os._exit(int(pytest.main([*options, *tests])))
+        status = 1
+        try:
+            status = int(pytest.main([*options, *tests]))
+        finally:  # also of a SystemExit that a mutant lets through: the folder is the parent's
+            os._exit(status)
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
+from siamese_deploy.durable_files import fsync_path
 from siamese_deploy.embedding import ImageEmbeddings
 from siamese_deploy.errors import ImageError
 from siamese_deploy.evaluate import Evaluation
@@ -138,7 +139,9 @@ class PairDrawing:
     def _save(self, number: int, score: float) -> None:
         pair = self._pairs.take(np.array([number]))
         picture = _draw(self._folder, pair, score, self._verifier.threshold, self._tile)
-        write_png(picture, self._staging / f"{number}.png")
+        path = self._staging / f"{number}.png"
+        write_png(picture, path)
+        fsync_path(path)  # as the folder's publication would, one file after the other, with nothing else to do
 
 
 def _sides(pairs: Pairs) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 # File of siamese_deploy, functions ("" for all of it), test files of tests/deploy, the quickest to notice first.
 PLACES = [
     ("cli/verify.py", "", "verify_command fail_closed log"),
-    ("cli/gallery.py", "identify", "gallery_command fail_closed log"),
+    ("cli/gallery.py", "identify", "gallery_command verify_command fail_closed log"),
     ("cli/gallery.py", "_as_json", "fail_closed gallery_command"),
     ("cli/command.py", "invoke make_context _fail _terminated", "command fail_closed faults_of_the_environment"),
     (
@@ -38,7 +38,11 @@ PLACES = [
         "runtime fail_closed",
     ),
     ("embedding.py", "require_signal", "faults_of_the_runtime fail_closed"),
-    ("gallery/gallery.py", "_identification verify name _embed _best_identities _score_rows", "gallery gallery_search fail_closed"),
+    (
+        "gallery/gallery.py",
+        "_identification verify name _embed _best_identities _score_rows",
+        "gallery gallery_search fail_closed",
+    ),
     ("gallery/vectors.py", "checksums read", "gallery gallery_faults"),
     ("bundle.py", "_read_bundle _checked_digest _unexpected __post_init__", "bundle signature fail_closed"),
     ("bundle.py", "_read_regular _parse_manifest _typed _unique_keys", "bundle faults_of_the_runtime"),

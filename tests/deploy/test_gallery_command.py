@@ -86,6 +86,8 @@ def test_nothing_there(run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_p
         assert_refused(result, 3, "is no gallery")
     probe = pictures / "apple/0.png"
     assert_refused(run(siamese, "gallery", "identify", tmp_path / "gallery", probe, "-c", tiny_bundle), 3, "no gallery")
+    wrong = run(siamese, "gallery", "identify", tmp_path / "gallery", probe, "-c", tiny_bundle, "--threshold", "nan")
+    assert_refused(wrong, 2, "--threshold")
     assert not (tmp_path / "gallery").exists()
     GalleryStore.create(tmp_path / "gallery", _digest(tiny_bundle), 16)
     empty = run(siamese, "gallery", "identify", tmp_path / "gallery", probe, "-c", tiny_bundle, "--threshold", 0)

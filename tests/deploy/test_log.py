@@ -39,8 +39,8 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_a_decision_from_start_to_end(run: RunCommand, tiny_bundle: Path, pictures: Path, log: Path) -> None:
-    one, other = pictures / "apple/0.png", pictures / "cog/1.png"
-    for threshold, exit_code in ((0, 0), (1, 10)):
+    one, other = pictures / "apple/0.png", pictures / "cog/0.png"
+    for threshold, exit_code in ((0.0123456, 0), (1, 10)):
         result = run(siamese, "verify", one, other, "-c", tiny_bundle, "--threshold", threshold, "--log", log)
         assert result.exit_code == exit_code
     match, no_match = lines_of(log)[:3], lines_of(log)[3:]
@@ -57,6 +57,7 @@ def test_a_decision_from_start_to_end(run: RunCommand, tiny_bundle: Path, pictur
     )
     assert f"score {match[1]['score']:.4f}, threshold 1.0000" in result.stdout
     assert round(match[1]["score"], 4) == match[1]["score"]  # no more digits than on the screen
+    assert match[1]["threshold"] == 0.0123
     assert match[2]["provider"] == "cpu"
     assert len(match[2]["bundle_digest"]) == 64
     assert match[2]["seconds"] > 0

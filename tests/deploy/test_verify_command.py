@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import onnx
@@ -8,7 +10,8 @@ from conftest import RunCommand, assert_refused
 from onnx import numpy_helper
 from tiny_bundle import make_bundle
 
-from siamese_deploy import OnnxVerifier
+from siamese_deploy import Gallery, OnnxVerifier
+from siamese_deploy.cache_file import FILE_NAME
 from siamese_deploy.cli import main as siamese
 
 
@@ -23,6 +26,23 @@ def test_decides_by_the_bundles_threshold_or_the_given_one(run: RunCommand, pict
     for threshold, exit_code in ((0, 0), (score, 0), (score + 1e-6, 10), (1, 10)):
         result = run(siamese, "verify", *pair, "-c", tiny_bundle, "--threshold", threshold)
         assert (result.exit_code, result.stdout.startswith("match")) == (exit_code, exit_code == 0)
+
+
+@pytest.mark.parametrize("what", ["verify", "identify"])
+def test_a_cache_that_fails_is_told_and_costs_no_answer(
+    what: str, run: RunCommand, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    command = ["verify", pictures / "apple/0.png", pictures / "bolt/1.png"]
+    if what == "identify":
+        Gallery(tmp_path / "gallery", OnnxVerifier(tiny_bundle, provider="cpu"), create=True)
+        command = ["gallery", "identify", tmp_path / "gallery", pictures / "bolt/1.png"]
+    command += ["-c", tiny_bundle, "--provider", "cpu", "--cache", tmp_path / "cache"]
+    first = run(siamese, *command)
+    with closing(sqlite3.connect(tmp_path / "cache" / FILE_NAME)) as database:
+        database.execute("ALTER TABLE embeddings RENAME COLUMN vector TO v")
+    second = run(siamese, *command)
+    assert (second.exit_code, second.stdout) == (first.exit_code, first.stdout)
+    assert (first.stderr, second.stderr.count("embeddings are no longer cached")) == ("", 1)
 
 
 def test_whatever_goes_wrong_is_neither_match_nor_no_match(

@@ -57,8 +57,8 @@ check: $(VENV)/installed-dev
 deploy-test:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
-		-e '.[cpu,check,sign]' hypothesis jsonschema onnx pytest scikit-learn
-	$(VENV)-oldest/bin/pytest tests/deploy
+		-e '.[cpu,check,sign]' hypothesis jsonschema onnx pytest pytest-xdist scikit-learn
+	$(VENV)-oldest/bin/pytest -n auto --dist loadfile tests/deploy
 
 browser-test: $(VENV)/installed-dev
 	$(BIN)/pytest -m browser tests/deploy

@@ -49,7 +49,9 @@ PLACES = [
     ("signature.py", "check _public_key", "signature"),
     ("metrics/decisions.py", "accepted", "metrics fail_closed"),
 ]
-EXPLAINED: dict[str, str] = {}
+EXPLAINED = {
+    "cli/gallery.py: 2 -> 3": "by how much JSON is indented",
+}
 """What is printed of a mutant -> why it is none."""
 
 _COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {

@@ -59,6 +59,26 @@ def test_the_whole_life_of_a_gallery(
     assert again.stdout.splitlines()[1].startswith(f"embedded again: {3 * DRAWINGS} pictures")
 
 
+def test_how_many_candidates_are_shown_and_what_the_log_says(
+    run: RunCommand, gallery: Path, pictures: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    for k, name in enumerate(("x", "y")):
+        picture = tmp_path / f"{name}.png"
+        Image.new("RGB", (40, 40), (200, 30 * k, 30)).save(picture)
+        run(siamese, "gallery", "enrol", gallery, picture, "-c", tiny_bundle, "--name", name)
+    probe, log = tmp_path / "probe.png", tmp_path / "log.jsonl"
+    Image.open(pictures / "cog/1.png").rotate(40).save(probe)
+    identify = ("gallery", "identify", gallery, probe, "-c", tiny_bundle, "--threshold", 0.0123456)
+    for options, shown in (((), 5), (("--top", 1), 1)):
+        result = run(siamese, *identify, *options, "--log", log)
+        assert len(result.stdout.splitlines()) == shown + 1
+    best, last = result.stdout.splitlines()
+    decision = next(line for line in map(json.loads, log.read_text().splitlines()) if line["event"] == "decision")
+    assert (f"{decision['score']:.4f}", decision["threshold"]) == (best.split()[0], 0.0123)
+    assert decision["score"] == round(decision["score"], 4)
+    assert decision["decision"] == last.split()[0]
+
+
 def test_one_identity_by_name(
     run: RunCommand, gallery: Path, pictures: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,17 @@ from conftest import RunCommand, assert_refused
 
 from siamese_deploy.cli import main as siamese
 from siamese_deploy.cli.command import Command
-from siamese_deploy.errors import BusyError, EnvironmentFault, MissingExtraError, needs_extra
+from siamese_deploy.errors import (
+    AccuracyError,
+    BusyError,
+    EnvironmentFault,
+    InputDataError,
+    IntegrityError,
+    MissingExtraError,
+    SiameseError,
+    UsageError,
+    needs_extra,
+)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -31,7 +41,13 @@ def failing(error: BaseException) -> click.Command:
 @pytest.mark.parametrize(
     ("error", "exit_code", "words"),
     [
+        (SiameseError("x"), 70, "tool: x"),
+        (UsageError("x"), 2, "tool: x"),
+        (InputDataError("x"), 3, "tool: x"),
+        (IntegrityError("x"), 4, "tool: x"),
+        (EnvironmentFault("x"), 5, "tool: x"),
         (BusyError("busy"), 6, "tool: busy"),
+        (AccuracyError("x"), 11, "tool: x"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 5, "out of memory"),
         (OutOfMemoryError(), 5, "out of memory"),
@@ -53,6 +69,11 @@ def test_errors_have_their_exit_code_and_one_line(
     run: RunCommand, error: BaseException, exit_code: int, words: str
 ) -> None:
     assert_refused(run(failing(error)), exit_code, words)
+
+
+def test_an_error_has_the_code_of_its_kind_or_its_own() -> None:
+    assert EnvironmentFault("x").code == "environment"
+    assert EnvironmentFault("x", code="disk-full").code == "disk-full"
 
 
 def test_debug_shows_the_traceback(run: RunCommand) -> None:

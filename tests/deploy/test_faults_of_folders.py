@@ -121,6 +121,9 @@ def test_names_are_only_names(run: RunCommand, pictures: Path, tiny_bundle: Path
         siamese, "eval", "-v", pictures, "-o", tmp_path / "b", "-c", tiny_bundle, "--pairs", tmp_path / "out/pairs.csv"
     )
     assert again.exit_code == 0, again.output
+    unreadable = pictures / classes["bolt"] / "1.png"
+    unreadable.write_bytes(b"no picture")
+    assert_refused(run(siamese, "verify", unreadable, unreadable, "-c", tiny_bundle), 3, "new\\nline\\t/1.png")
 
 
 def test_a_path_longer_than_the_system_takes_at_once(pictures: Path, tmp_path: Path) -> None:

@@ -93,8 +93,9 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def mutants(source: str, functions: list[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of a sentence on the change and the whole changed source."""
+    """Pairs of the line that is changed, as it was and as it is, and the whole changed source."""
     tree = ast.parse(source)
+    source = ast.unparse(tree)
     owners = [node for node in ast.walk(tree) if getattr(node, "name", "") in functions] if functions else [tree]
     for owner in owners:
         for parent in ast.walk(owner):
@@ -105,9 +106,14 @@ def mutants(source: str, functions: list[str]) -> Iterator[tuple[str, str]]:
                 for k, child in enumerate(children):
                     for changed in variants(child) if isinstance(child, ast.AST) else ():
                         _put(parent, field, k, ast.fix_missing_locations(ast.copy_location(changed, child)))
-                        old, new = (ast.unparse(one).partition("\n")[0] for one in (child, changed))
-                        yield f"{old} -> {new}", ast.unparse(tree)
+                        yield _changed_line(source, ast.unparse(tree)), ast.unparse(tree)
                         _put(parent, field, k, child)
+
+
+def _changed_line(before: str, after: str) -> str:
+    lines = zip(before.splitlines(), after.splitlines(), strict=True)
+    old, new = next((old.strip(), new.strip()) for old, new in lines if old != new)
+    return f"{old}  =>  {new}"
 
 
 def _put(parent: ast.AST, field: str, k: int, child: ast.AST) -> None:

@@ -29,13 +29,13 @@ PLACES = [
     (
         "errors.py",
         "SiameseError UsageError InputDataError IntegrityError EnvironmentFault BusyError",
-        "command fail_closed",
+        "command fail_closed when_it_goes_wrong",
     ),
-    ("runtime.py", "_checked", "fail_closed runtime"),
+    ("runtime.py", "_checked", "runtime fail_closed"),
     (
         "runtime.py",
         "_check_golden _check compare _compare_placed score score_placed embed_placed",
-        "runtime fail_closed",
+        "runtime faults_of_the_runtime fail_closed",
     ),
     ("embedding.py", "require_signal", "faults_of_the_runtime fail_closed"),
     (

@@ -223,7 +223,7 @@ class GalleryStore:
         with self._writing() as database:
             _, dim, file = self._model(database)
             if replace:
-                _mend_indexes(database)
+                _mend_index(database)
             with VectorFile(self.folder / file, dim) as stored:
                 for group in groups:
                     outcome = _new_pictures(database, stored, group, add, replace)
@@ -245,7 +245,7 @@ class GalleryStore:
             InputDataError: one of them is not enrolled.
         """
         with self._writing() as database:
-            _mend_indexes(database)
+            _mend_index(database)
             removed = 0
             for name in dict.fromkeys(names):
                 count = _free(database, name)
@@ -532,11 +532,15 @@ def _take_slots(database: sqlite3.Connection, number: int) -> list[int]:
     return slots + list(range(end, end + number - len(slots)))
 
 
-def _mend_indexes(database: sqlite3.Connection) -> None:
-    """What a damaged index does not find would stay behind a removal. The rows, which have seals, say what it holds."""
-    for table in ("identity", "picture"):
-        if database.execute(f"PRAGMA integrity_check({table})").fetchall() != [("ok",)]:
-            database.execute(f"REINDEX {table}")
+def _mend_index(database: sqlite3.Connection) -> None:
+    """A row that the index of identities misses would stay behind a removal. The rows, which have seals, are right.
+
+    Two quick sums instead of SQLite's own check, which takes seconds for a million rows.
+    """
+    sums = "SELECT count(*), total((31 * slot + identity) % 1000003) FROM picture"
+    found = [database.execute(f"{sums} {way}").fetchone() for way in ("NOT INDEXED", "INDEXED BY picture_of_identity")]
+    if found[0] != found[1]:
+        database.execute("REINDEX picture")
 
 
 def _check_slots(database: sqlite3.Connection) -> None:

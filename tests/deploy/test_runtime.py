@@ -51,7 +51,9 @@ def test_scores_pairs_and_broadcasts_one_against_many(verifier: OnnxVerifier) ->
     one_to_many = verifier.score(embeddings[:1], embeddings)
     assert one_to_many == pytest.approx(verifier.score(np.repeat(embeddings[:1], 6, axis=0), embeddings))
     assert verifier.score(embeddings, embeddings[:1]) == pytest.approx(one_to_many)
-    assert verifier.score(embeddings[:0], embeddings[:0]).shape == (0,)
+    for n in (0, 1):
+        assert verifier.score(embeddings[:0], embeddings[:n]).shape == (0,)
+        assert verifier.score(embeddings[:n], embeddings[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,8 @@ def test_wrong_pictures_say_expected_and_got(verifier: OnnxVerifier, images: np.
         (np.zeros((2, DIM), np.float64), np.zeros((2, DIM), np.float64)),
         (np.zeros((2, DIM + 1), np.float32), np.zeros((2, DIM + 1), np.float32)),
         (np.zeros(DIM, np.float32), np.zeros(DIM, np.float32)),
+        (np.float32(1), np.zeros((2, DIM), np.float32)),
+        (np.zeros((2, DIM), np.float32), np.float32(1)),
     ],
 )
 def test_wrong_embeddings_say_expected_and_got(verifier: OnnxVerifier, left: np.ndarray, right: np.ndarray) -> None:

@@ -179,7 +179,7 @@ def identify(bundle: Path, folder: Path) -> None:
 
 def fill(gallery: Gallery, first: int, end: int) -> np.ndarray:
     """Enrol made-up rows; gives their vectors, (end - first, DIM) float32."""
-    from siamese_deploy.gallery.store import Group, StoredPicture
+    from siamese_deploy.gallery.records import Group, StoredPicture
 
     random = np.random.default_rng(first)
     parts = []

@@ -26,8 +26,9 @@ from training import omniglot
 
 from siamese_deploy import Gallery, OnnxVerifier
 from siamese_deploy.gallery import Identification
+from siamese_deploy.gallery.records import Group, StoredPicture
 from siamese_deploy.gallery.search import Shortcut
-from siamese_deploy.gallery.store import CHUNK_ROWS, Group, StoredPicture
+from siamese_deploy.gallery.store import CHUNK_ROWS
 from siamese_deploy.image_folder import scan_image_folder
 from siamese_deploy.preprocess import load_image
 

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from siamese_deploy.embedding import EmbeddedPicture, embed_pictures, require_signal
 from siamese_deploy.errors import ImageError, InputDataError, UsageError
+from siamese_deploy.gallery.records import Group, Rows, StoredPicture
 from siamese_deploy.gallery.search import SMALLEST_ROWS, Candidate, Shortcut, best_identities, score_likely_rows
-from siamese_deploy.gallery.store import GalleryStore, Group, Rows, Snapshot, StoredPicture
+from siamese_deploy.gallery.store import GalleryStore, Snapshot
 from siamese_deploy.image_folder import ImageFolder, SkippedFile
 from siamese_deploy.interrupts import interrupts_held
 from siamese_deploy.preprocess import Picture, decode_image

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from siamese_deploy.gallery.store import Rows, Snapshot
+from siamese_deploy.gallery.records import Rows
+from siamese_deploy.gallery.store import Snapshot
 from siamese_deploy.verifier import Embeddings, Scores
 
 COORDINATES = 32

@@ -28,7 +28,8 @@ from siamese_deploy.embedding_cache import EmbeddingCache
 from siamese_deploy.engine_cache import engine_folder, prune_engines
 from siamese_deploy.errors import EnvironmentFault, InputDataError, IntegrityError, UsageError
 from siamese_deploy.gallery.copies import export_gallery
-from siamese_deploy.gallery.store import GalleryStore, Group, StoredPicture
+from siamese_deploy.gallery.records import Group, StoredPicture
+from siamese_deploy.gallery.store import GalleryStore
 from siamese_deploy.result_folder import result_folder
 from siamese_deploy.tensorrt import EngineKey
 

@@ -25,7 +25,8 @@ from siamese_deploy.embedding_cache import EmbeddingCache
 from siamese_deploy.errors import BusyError, EnvironmentFault, ImageError, InputDataError, IntegrityError, UsageError
 from siamese_deploy.gallery import twins
 from siamese_deploy.gallery.copies import export_gallery, reembed
-from siamese_deploy.gallery.store import CHUNK_ROWS, DATABASE, GalleryStore, Group, StoredPicture
+from siamese_deploy.gallery.records import Group, StoredPicture
+from siamese_deploy.gallery.store import CHUNK_ROWS, DATABASE, GalleryStore
 from siamese_deploy.gallery.vectors import checksums
 from siamese_deploy.image_folder import scan_image_folder
 

@@ -25,7 +25,8 @@ from siamese_deploy import Gallery, OnnxVerifier
 from siamese_deploy.cli import main as siamese
 from siamese_deploy.errors import EnvironmentFault, IntegrityError
 from siamese_deploy.gallery import store as store_module
-from siamese_deploy.gallery.store import DATABASE, GalleryStore, Group, StoredPicture
+from siamese_deploy.gallery.records import Group, StoredPicture
+from siamese_deploy.gallery.store import DATABASE, GalleryStore
 
 DIM = 64
 SIAMESE = (sys.executable, "-c", "from siamese_deploy.cli import main; main()")

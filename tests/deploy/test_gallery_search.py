@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from siamese_deploy import Gallery, OnnxVerifier
 from siamese_deploy.errors import UsageError
 from siamese_deploy.gallery import Candidate, Identification
+from siamese_deploy.gallery.records import Group, StoredPicture
 from siamese_deploy.gallery.search import SMALLEST_ROWS, Shortcut
-from siamese_deploy.gallery.store import Group, StoredPicture
 
 ROWS_AN_IDENTITY = 4
 IDENTITIES = SMALLEST_ROWS // ROWS_AN_IDENTITY

@@ -31,7 +31,8 @@ _WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from siamese_deploy.gallery.store import GalleryStore, Group, StoredPicture
+from siamese_deploy.gallery.records import Group, StoredPicture
+from siamese_deploy.gallery.store import GalleryStore
 store, first = GalleryStore.create(Path(sys.argv[1]), "digest", 32), int(sys.argv[2])
 print("ready", flush=True)
 for k in range(first, first + 100_000):

@@ -134,7 +134,7 @@ IDENTIFY = [
     ("siamese_deploy.gallery.store:sqlite3.connect", 1),
     ("siamese_deploy.gallery.store:sqlite3.connect", 2),
     ("siamese_deploy.gallery.store:VectorFile.read", 1),
-    ("siamese_deploy.gallery.store:_read_rows", 1),
+    ("siamese_deploy.gallery.store:read_rows", 1),
     ("siamese_deploy.gallery.store:checksums", 1),
 ]
 SEAMS = [

@@ -158,7 +158,8 @@ def evict(connection: sqlite3.Connection, max_bytes: int, goal_bytes: int) -> in
         number = ceil(records * excess)
         oldest = "SELECT id FROM usage ORDER BY used, id LIMIT ?"
         connection.execute(f"DELETE FROM embeddings WHERE id IN ({oldest})", (number,))  # noqa: S608
-        connection.execute(f"DELETE FROM usage WHERE id IN ({oldest})", (number,))  # noqa: S608
+        if not connection.execute(f"DELETE FROM usage WHERE id IN ({oldest})", (number,)).rowcount:  # noqa: S608
+            raise sqlite3.DatabaseError("records that cannot be removed")
         dropped += number
     return dropped
 
@@ -259,6 +260,9 @@ def _check_or_make_schema(connection: sqlite3.Connection, path: Path) -> None:
             f"folder or run: {_clear_command(path)}",
             code="other-version",
         )
+    found = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY sql").fetchall()
+    if found != sorted((statement.encode(),) for statement in _SCHEMA if statement.startswith("CREATE")):
+        raise sqlite3.DatabaseError("its schema is not what it was made with")
 
 
 def _is_empty(connection: sqlite3.Connection) -> bool:

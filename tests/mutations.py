@@ -142,6 +142,8 @@ def tested(package_root: Path, tests: list[str], limit_s: float) -> str:
             "--assert=plain",
             "-p",
             "no:cacheprovider",
+            "--basetemp",
+            str(package_root / "tmp"),  # other runs of pytest tidy up the usual one
             "--rootdir",
             str(ROOT),
             "-c",

@@ -24,6 +24,7 @@ from siamese_deploy.durable_files import fsync_path
 from siamese_deploy.errors import BusyError, EnvironmentFault, InputDataError, IntegrityError
 from siamese_deploy.gallery.records import (
     SCHEMA,
+    SCHEMA_TEXTS,
     Group,
     Rows,
     StoredPicture,
@@ -304,10 +305,10 @@ class GalleryStore:
                     "PRAGMA synchronous = EXTRA; PRAGMA secure_delete = ON; PRAGMA foreign_keys = ON"
                 )
                 # In this order: another process may be making it right now.
-                (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                schema = database.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
                 (application,) = database.execute("PRAGMA application_id").fetchone()
                 (version,) = database.execute("PRAGMA user_version").fetchone()
-                if tables and application != _APPLICATION_ID:
+                if schema and application != _APPLICATION_ID:
                     raise IntegrityError(
                         f"{path}: is another program's database; choose another folder", code="not-ours"
                     )
@@ -316,6 +317,8 @@ class GalleryStore:
                         f"{path}: format {version}, this program reads {_FORMAT}; use a newer version",
                         code="other-version",
                     )
+                if schema and {text for (text,) in schema} != SCHEMA_TEXTS:
+                    raise sqlite3.DatabaseError("its schema is not what it was made with")
                 yield database
             finally:
                 database.close()  # rolls back what was not committed

@@ -489,15 +489,20 @@ def test_overwritten_in_the_middle_it_stops_until_it_is_cleared(tmp_path: Path, 
     assert get(fresh, 1) == {1}
 
 
-def test_without_a_table_it_stops_until_it_is_cleared(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "statement",
+    ["DROP TABLE usage", "CREATE TRIGGER t AFTER INSERT ON usage BEGIN DELETE FROM embeddings; END"],
+)
+def test_with_another_schema_it_stops_until_it_is_cleared(tmp_path: Path, statement: str) -> None:
     cache = EmbeddingCache(tmp_path)
     put(cache, 1)
-    change(cache, "DROP TABLE usage")
-    assert get(cache, 1) == {1}  # found and sound, whatever becomes of the mark of use
-    put(cache, 2)
-    assert "no such table: usage" in cache.warning
-    assert "run: siamese cache clear" in cache.warning
+    change(cache, statement)
     assert get(cache, 1) == set()
+    assert "its schema is not what it was made with" in cache.warning
+    assert "run: siamese cache clear" in cache.warning
+    put(cache, 2)
+    with pytest.raises(IntegrityError, match="its schema"):
+        EmbeddingCache(tmp_path)
 
 
 @pytest.mark.parametrize("room", [0, 9_000, 30_000, 45_000, 70_000, 90_000])

@@ -235,14 +235,16 @@ def test_replaced_is_gone_from_the_disk_too(gallery: Gallery, pictures: Path) ->
 
 @pytest.mark.parametrize("how", ["remove", "replace"])
 def test_an_index_that_misses_a_row_keeps_none_behind(how: str, gallery: Gallery, pictures: Path) -> None:
-    def schema(statement: str, *values: object) -> list[tuple[object, ...]]:
+    def execute(statement: str, *values: object) -> list[tuple[object, ...]]:
         with closing(sqlite3.connect(gallery.store.folder / DATABASE)) as database, database:
             database.execute("PRAGMA writable_schema = ON")
             return database.execute(statement, values).fetchall()
 
-    (index,) = schema("DELETE FROM sqlite_master WHERE name = 'picture_of_identity' RETURNING *")
     gallery.enrol("apple", [pictures / "apple/3.png"], add=True, doubles=False)
-    schema("INSERT INTO sqlite_master VALUES (?, ?, ?, ?, ?)", *index)
+    (row,) = execute("DELETE FROM picture WHERE slot = (SELECT max(slot) FROM picture) RETURNING *")
+    (index,) = execute("DELETE FROM sqlite_master WHERE name = 'picture_of_identity' RETURNING *")
+    execute("INSERT INTO picture VALUES (?, ?, ?, ?, ?, ?, ?)", *row)
+    execute("INSERT INTO sqlite_master VALUES (?, ?, ?, ?, ?)", *index)
     if how == "remove":
         assert gallery.remove("apple") == DRAWINGS
     else:

@@ -38,8 +38,13 @@ def test_a_cache_that_fails_is_told_and_costs_no_answer(
         command = ["gallery", "identify", tmp_path / "gallery", pictures / "bolt/1.png"]
     command += ["-c", tiny_bundle, "--provider", "cpu", "--cache", tmp_path / "cache"]
     first = run(siamese, *command)
-    with closing(sqlite3.connect(tmp_path / "cache" / FILE_NAME)) as database:
-        database.execute("ALTER TABLE embeddings RENAME COLUMN vector TO v")
+    file = tmp_path / "cache" / FILE_NAME
+    with closing(sqlite3.connect(file)) as database:
+        (page,) = database.execute("SELECT rootpage FROM sqlite_master WHERE name = 'embeddings'").fetchone()
+        (size,) = database.execute("PRAGMA page_size").fetchone()
+    data = bytearray(file.read_bytes())
+    data[(page - 1) * size : page * size] = b"\xff" * size
+    file.write_bytes(data)
     second = run(siamese, *command)
     assert (second.exit_code, second.stdout) == (first.exit_code, first.stdout)
     assert (first.stderr, second.stderr.count("embeddings are no longer cached")) == ("", 1)

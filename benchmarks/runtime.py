@@ -168,7 +168,7 @@ def identify(bundle: Path, folder: Path) -> None:
         return np.concatenate(parts)[:, 0]
 
     def ours() -> np.ndarray:
-        found = gallery._identification(query, 5, "max", None, 0.0)
+        found = gallery._identification(query, 5, "max", None, 0.0, fast=False)
         assert len(found.candidates) == 5
         return np.array([candidate.score for candidate in found.candidates])
 
@@ -199,7 +199,7 @@ from siamese_deploy import Gallery, OnnxVerifier
 verifier = OnnxVerifier(sys.argv[1], provider="cpu")
 gallery = Gallery(sys.argv[2], verifier)
 query = np.random.RandomState(0).standard_normal(1000).astype(np.float32)
-found = gallery._identification(query, 5, "max", None, 0.0)
+found = gallery._identification(query, 5, "max", None, 0.0, fast=False)
 status = open("/proc/self/status").read()  # unlike ru_maxrss, without what the parent had
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) // 1024)
 """

@@ -25,7 +25,11 @@ PLACES = [
     ("cli/verify.py", "", "verify_command fail_closed log"),
     ("cli/gallery.py", "identify", "gallery_command verify_command fail_closed log"),
     ("cli/gallery.py", "_as_json", "fail_closed gallery_command"),
-    ("cli/command.py", "invoke make_context _fail _terminated", "command fail_closed faults_of_the_environment"),
+    (
+        "cli/command.py",
+        "invoke make_context _fail _terminated",
+        "command fail_closed log interrupts faults_of_the_environment",
+    ),
     (
         "errors.py",
         "SiameseError UsageError InputDataError IntegrityError EnvironmentFault BusyError",

@@ -199,7 +199,7 @@ class Gallery:
                     enrolment.doubles.append(f"{picture} ({group.name}) matches {other.name} with {other.score:.4f}")
 
     def _double(self, name: str, vector: Embeddings) -> Candidate | None:
-        found = self._identification(vector, 2, "max", self.verifier.threshold, 0.0).candidates
+        found = self._identification(vector, 2, "max", self.verifier.threshold, 0.0, fast=False).candidates
         others = [candidate for candidate in found if candidate.name != name]
         return others[0] if others and others[0].score >= self.verifier.threshold else None
 
@@ -240,7 +240,7 @@ class Gallery:
             IntegrityError: the network gives no finite embedding or score.
         """
         vector = self._embed(picture)
-        return self._identification(vector, top, per_identity, threshold, min_margin, fast)
+        return self._identification(vector, top, per_identity, threshold, min_margin, fast=fast)
 
     def verify(self, picture: Picture, name: str) -> Candidate:
         """The largest score of the picture with the pictures of one identity.
@@ -273,7 +273,8 @@ class Gallery:
         per_identity: str,
         threshold: float | None,
         min_margin: float,
-        fast: bool = False,
+        *,
+        fast: bool,
     ) -> Identification:
         threshold = self.verifier.threshold if threshold is None else threshold
         if not (top >= 1 and per_identity in ("max", "mean") and 0 <= threshold <= 1 and 0 <= min_margin <= 1):

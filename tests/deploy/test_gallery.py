@@ -87,6 +87,8 @@ def test_order_of_enrolment_does_not_change_an_answer(
 )
 def test_decisions(gallery: Gallery, pictures: Path, threshold: float, min_margin: float, decision: str) -> None:
     found = gallery.identify(pictures / "cog/3.png", threshold=threshold, min_margin=min_margin)
+    first = gallery.identify(pictures / "cog/3.png", threshold=threshold, min_margin=min_margin, top=1)
+    assert first == replace(found, candidates=found.candidates[:1])
     assert found.decision == decision
     assert found.margin == found.candidates[0].score - found.candidates[1].score
     assert found.name == (found.candidates[0].name if decision == "match" else None)
@@ -112,7 +114,16 @@ def test_an_empty_gallery_matches_nobody(tmp_path: Path, verifier: OnnxVerifier,
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"top": 0}, {"threshold": float("nan")}, {"min_margin": -1}, {"per_identity": "min"}]
+    "arguments",
+    [
+        {"top": 0},
+        {"threshold": float("nan")},
+        {"threshold": -0.01},
+        {"threshold": 1.01},
+        {"min_margin": -0.01},
+        {"min_margin": 1.01},
+        {"per_identity": "min"},
+    ],
 )
 def test_arguments_out_of_range(gallery: Gallery, pictures: Path, arguments: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="identify: expected"):

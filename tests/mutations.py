@@ -135,6 +135,7 @@ def tested(package_root: Path, tests: list[str], limit_s: float) -> str:
         os.setpgid(0, 0)
         sys.path.insert(0, str(package_root))
         os.environ["PYTHONPATH"] = str(package_root)
+        os.chdir(package_root)  # `python -c` looks there first
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)

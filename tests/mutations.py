@@ -2,7 +2,7 @@
 
 Every comparison, `not`, `and`, `or`, number, True, False, `raise`, condition and bare call in the places below is
 changed, one at a time, in a copy of the package, and the tests beside it run on the copy until one fails. A mutant that
-no test kills is printed, and is a missing test or stands in EXPLAINED with the reason why it changes nothing that
+no test kills is printed, and is a missing test or stands in _EXPLAINED with the reason why it changes nothing that
 matters. Exit code 1 if one survives that is not explained.
 """
 
@@ -39,7 +39,7 @@ PLACES = [
     (
         "runtime.py",
         "_check_golden _check compare _compare_placed score score_placed embed_placed",
-        "runtime faults_of_the_runtime fail_closed",
+        "runtime faults_of_the_runtime verify_command fail_closed",
     ),
     ("embedding.py", "require_signal", "faults_of_the_runtime fail_closed"),
     (
@@ -53,10 +53,28 @@ PLACES = [
     ("signature.py", "check _public_key", "signature"),
     ("metrics/decisions.py", "accepted", "metrics fail_closed"),
 ]
-EXPLAINED = {
-    "cli/gallery.py: 2 -> 3": "by how much JSON is indented",
-}
-"""What is printed of a mutant -> why it is none."""
+_EXPLAINED = (
+    ("cli/gallery.py: click.echo(json.dumps", "indent=3))", "by how much JSON is indented"),
+    ("gallery/gallery.py: raise AssertionError('one picture", "pass", "never reached"),
+    (
+        "gallery/gallery.py: best = best_identities",
+        "max(top, 3))",
+        "one more is found, and cut off with those behind `top`",
+    ),
+    ("gallery/gallery.py: likely = ", "max(top, 3)) if fast else None", "one more is looked for, and cut off"),
+    (
+        "gallery/gallery.py: if only is None and",
+        "if only is None or self._device_bytes:",
+        "on a CPU, rows placed on it score alike",
+    ),
+    ("gallery/gallery.py: wanted = ", "-2)", "no row has a negative number"),
+    ("gallery/vectors.py: while", "done <= len(view):", "one more read, of nothing, which ends the loop"),
+    ("gallery/vectors.py: ", "reshape(-2).view(np.uint8))", "NumPy takes any negative number for the rest"),
+    ("gallery/vectors.py: ", "reshape(-2).view(np.uint8)[done:] = 0", "the same"),
+    ("runtime.py: n_pairs = ", "if len(left) or len(right) else 0", "the head gives no score for no row, too"),
+    ("runtime.py: n_pairs = ", "if len(left) and len(right) else 1", "the head gives no score for no row, too"),
+)
+"""How what is printed of a mutant begins and ends, and why it is none."""
 
 _COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE),
@@ -199,7 +217,8 @@ def main(wanted: list[str]) -> int:
                 target.write_text(mutant)
                 label = f"{file}: {change}"
                 outcome = tested(Path(folder), tests, limit_s)
-                outcome = "explained" if outcome == "survived" and label in EXPLAINED else outcome
+                if outcome == "survived" and any(label.startswith(a) and label.endswith(b) for a, b, _ in _EXPLAINED):
+                    outcome = "explained"
                 counts[outcome] += 1
                 if outcome != "killed":
                     print(f"{outcome}  {label}", flush=True)

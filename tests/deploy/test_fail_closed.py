@@ -221,13 +221,15 @@ def test_a_cache_that_fails_decides_nothing(run: RunCommand, pictures: Path, tin
 
 
 @pytest.mark.parametrize("option", ["--help", "-h", "--version"])
-def test_a_file_called_help_opens_no_door(run: RunCommand, doors: Doors, option: str) -> None:
+def test_a_file_called_help_opens_no_door(run: RunCommand, doors: Doors, option: str, tmp_path: Path) -> None:
     for arguments in doors.values():
         n_words = 2 if arguments[0] == "gallery" else 1
         words, others = arguments[:n_words], arguments[n_words:]
         for n in range(len(others) + 1):
             assert_refused(run(siamese, *words, *others[:n], option, *others[n:]), 2)
-        assert_refused(run(siamese, *words, option, *others), 2, "nothing was decided")
+        log = tmp_path / "log.jsonl"
+        assert_refused(run(siamese, *words, option, *others, "--log", log), 2, "nothing was decided")
+        assert json.loads(log.read_text().splitlines()[-1])["exit_code"] == 2
         assert run(siamese, *words, option).exit_code == 0  # alone it is what it says
 
 

@@ -4,6 +4,8 @@ import os
 import random
 import shutil
 import sqlite3
+import subprocess
+import sys
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -27,7 +29,7 @@ from siamese_deploy.gallery import twins
 from siamese_deploy.gallery.copies import export_gallery, reembed
 from siamese_deploy.gallery.records import Group, StoredPicture
 from siamese_deploy.gallery.store import CHUNK_ROWS, DATABASE, GalleryStore
-from siamese_deploy.gallery.vectors import checksums
+from siamese_deploy.gallery.vectors import VectorFile, checksums
 from siamese_deploy.image_folder import scan_image_folder
 
 
@@ -533,6 +535,8 @@ def test_rows_that_stay_on_the_device_answer_alike(gallery: Gallery, pictures: P
         for change in (lambda: None, lambda: gallery.remove("bolt"), lambda: gallery.enrol("bolt", [probe], add=True)):
             change()
             assert resident.identify(probe, top=9) == resident.identify(probe, top=9) == gallery.identify(probe, top=9)
+            for name in ("apple", "cog"):
+                assert resident.verify(probe, name) == gallery.verify(probe, name)
     with open(vectors_file(gallery), "r+b") as file:
         file.write(b"\xff" * 8)
     resident = Gallery(gallery.store.folder, gallery.verifier)
@@ -547,6 +551,28 @@ def test_threads_share_one_gallery(gallery: Gallery, pictures: Path) -> None:
         jobs = [(name, threads.submit(gallery.identify, pictures / name / "3.png", top=9)) for name in CLASSES * 4]
         for name, job in jobs:
             assert job.result() == expected[name]
+
+
+def test_what_a_file_of_vectors_does_not_have_is_zero(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(np.arange(1, 6, dtype="<f4").tobytes())
+    for name, expected in (("a", [3, 4, 5, 0]), ("none", [0, 0, 0, 0])):
+        into = np.ones((2, 2), np.float32)
+        with VectorFile(tmp_path / name, 2) as file:
+            file.read(1, into)
+        assert into.ravel().tolist() == expected
+
+
+def test_a_file_of_vectors_where_standard_input_was(tmp_path: Path) -> None:
+    """A service may run without; the next file that is opened then has its descriptor, 0."""
+    (tmp_path / "a").write_bytes(np.arange(4, dtype="<f4").tobytes())
+    code = (
+        "import os, pathlib, sys, numpy as np; from siamese_deploy.gallery.vectors import VectorFile\n"
+        "into = np.ones((2, 2), np.float32); os.close(0)\n"
+        "with VectorFile(pathlib.Path(sys.argv[1]), 2) as file: file.read(0, into)\n"
+        "print(into.ravel().tolist(), os.path.exists('/proc/self/fd/0'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True)
+    assert done.stdout == "[0.0, 1.0, 2.0, 3.0] False\n", done.stderr
 
 
 @given(st.integers(1, 6), st.integers(1, 33), st.data())

@@ -8,11 +8,13 @@ import onnx
 import pytest
 from conftest import RunCommand, assert_refused
 from onnx import numpy_helper
-from tiny_bundle import make_bundle
+from tiny_bundle import SIZE_HW, make_bundle
 
 from siamese_deploy import Gallery, OnnxVerifier
 from siamese_deploy.cache_file import FILE_NAME
 from siamese_deploy.cli import main as siamese
+from siamese_deploy.errors import IntegrityError
+from siamese_deploy.preprocess import Preprocess, load_image
 
 
 def test_decides_by_the_bundles_threshold_or_the_given_one(run: RunCommand, pictures: Path, tiny_bundle: Path) -> None:
@@ -91,6 +93,9 @@ def test_nan_is_never_a_match(run: RunCommand, pictures: Path, tmp_path: Path) -
     assert run(siamese, "verify", good, good, "-c", tmp_path / "bundle").exit_code in (0, 10)
     result = run(siamese, "verify", tmp_path / "white.png", good, "-c", tmp_path / "bundle", "--threshold", 0)
     assert_refused(result, 4, "white.png: the network gives no finite embedding")
+    white = load_image(tmp_path / "white.png", Preprocess(SIZE_HW))[None]
+    with pytest.raises(IntegrityError, match="no finite embedding"):
+        OnnxVerifier(tmp_path / "bundle", provider="cpu").embed_placed(white)
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])

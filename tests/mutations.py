@@ -71,6 +71,11 @@ _EXPLAINED = (
     ("gallery/vectors.py: while", "done <= len(view):", "one more read, of nothing, which ends the loop"),
     ("gallery/vectors.py: ", "reshape(-2).view(np.uint8))", "NumPy takes any negative number for the rest"),
     ("gallery/vectors.py: ", "reshape(-2).view(np.uint8)[done:] = 0", "the same"),
+    (
+        "runtime.py: if self.provider",
+        "self.cache is not None:",
+        "on a GPU only; both ways give the same score, a test says",
+    ),
     ("runtime.py: n_pairs = ", "if len(left) or len(right) else 0", "the head gives no score for no row, too"),
     ("runtime.py: n_pairs = ", "if len(left) and len(right) else 1", "the head gives no score for no row, too"),
 )

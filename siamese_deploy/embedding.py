@@ -26,8 +26,7 @@ from siamese_deploy.preprocess import Picture, decode_bytes, load_image, read_pi
 from siamese_deploy.providers import usable_cores
 from siamese_deploy.verifier import Embeddings, Images, Scores, Verifier
 
-BATCH_SIZE = 32
-SCORE_CHUNK_PAIRS = 8192
+SCORE_CHUNK_PAIRS = 2048
 _BATCHES_AHEAD = 2
 # Every write to the cache waits for the disk.
 _KEEP_AT_ONCE = 256
@@ -70,17 +69,14 @@ def embed_pictures(
     """
     to_keep: list[EmbeddedPicture] = []
     try:
-        for batch in _read_and_decoded(verifier, pictures, cache):
-            new = [item for item in batch if item.pixels is not None]
-            if new:
-                vectors = verifier.embed(np.stack([item.pixels for item in new if item.pixels is not None]))
-                for item, vector in zip(new, vectors, strict=True):
-                    if not np.isfinite(vector).all():
-                        raise IntegrityError(
-                            f"{item.name}: the network gives no finite embedding (NaN or infinity)", code="not-finite"
-                        )
-                    item.vector, item.pixels = vector, None
-                to_keep += [item for item in new if item.sha256]
+        for batch, new, vectors in _embedded(verifier, _read_and_decoded(verifier, pictures, cache)):
+            for item, vector in zip(new, vectors, strict=True):
+                if not np.isfinite(vector).all():
+                    raise IntegrityError(
+                        f"{item.name}: the network gives no finite embedding (NaN or infinity)", code="not-finite"
+                    )
+                item.vector, item.pixels = vector, None
+            to_keep += [item for item in new if item.sha256]
             yield batch
             if cache is not None and len(to_keep) >= _KEEP_AT_ONCE:
                 _keep(cache, verifier, to_keep)
@@ -88,6 +84,35 @@ def embed_pictures(
     finally:  # also where the caller stops early
         if cache is not None:
             _keep(cache, verifier, to_keep)
+
+
+def _embedded(
+    verifier: Verifier, batches: Iterator[list[EmbeddedPicture]]
+) -> Iterator[tuple[list[EmbeddedPicture], list[EmbeddedPicture], Embeddings]]:
+    """Each batch in order, those of it that were embedded, and their embeddings."""
+
+    def embed(batch: list[EmbeddedPicture]) -> tuple[list[EmbeddedPicture], Embeddings]:
+        new = [item for item in batch if item.pixels is not None]
+        pixels = [item.pixels for item in new if item.pixels is not None]
+        return new, verifier.embed(np.stack(pixels)) if new else np.empty((0, verifier.embedding_dim), np.float32)
+
+    if verifier.calls_at_once == 1:  # in this thread, as on a GPU every new one would get handles of its own
+        for batch in batches:
+            yield batch, *embed(batch)
+        return
+    # Threads that do not wait for each other: halves of one batch never take equally long.
+    threads = ThreadPoolExecutor(verifier.calls_at_once)
+    running: deque[tuple[list[EmbeddedPicture], Future[tuple[list[EmbeddedPicture], Embeddings]]]] = deque()
+    try:
+        for batch in batches:
+            running.append((batch, threads.submit(embed, batch)))
+            if len(running) > verifier.calls_at_once + 1:  # one waits for the first thread that is free
+                batch, work = running.popleft()
+                yield batch, *work.result()
+        for batch, work in running:
+            yield batch, *work.result()
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def require_signal(name: str, vector: Embeddings) -> None:
@@ -172,7 +197,7 @@ def score_chunks(verifier: Verifier, embeddings: ImageEmbeddings, pairs: PairLis
     Raises:
         IntegrityError: a score is NaN or outside [0, 1].
     """
-    # The same two arrays for each chunk: fresh ones of 30 MB cost as much as the head itself.
+    # The same two arrays for each chunk: fresh ones cost as much as the head itself.
     room = (min(SCORE_CHUNK_PAIRS, len(pairs)), embeddings.vectors.shape[1])
     left, right = np.empty(room, np.float32), np.empty(room, np.float32)
     for chunk in pairs.chunks(SCORE_CHUNK_PAIRS):
@@ -226,7 +251,7 @@ def _read_and_decoded(
     read: deque[tuple[list[EmbeddedPicture], _Work]] = deque()
     decoded: deque[tuple[list[EmbeddedPicture], _Work]] = deque()
     try:
-        for part in _batched(pictures, BATCH_SIZE):
+        for part in _batched(pictures, verifier.batch_size):
             batch = [EmbeddedPicture(_loaded(picture)) for picture in part]
             read.append((batch, start(_read, batch)))
             if len(read) > 1:

@@ -60,6 +60,16 @@ class Verifier(Protocol):
         """Where it came from, in words."""
         ...
 
+    @property
+    def batch_size(self) -> int:
+        """Pictures in a call of `embed` that costs the least time a picture, and no more memory than that takes."""
+        ...
+
+    @property
+    def calls_at_once(self) -> int:
+        """Threads that should call `embed` side by side to keep the device busy."""
+        ...
+
     def embed(self, images: Images) -> Embeddings:
         """(N, H, W, 3) uint8 -> (N, dim) float32. N may be 0."""
         ...

@@ -46,6 +46,14 @@ class TorchVerifier:
         return torch.__version__
 
     @property
+    def batch_size(self) -> int:
+        return 32
+
+    @property
+    def calls_at_once(self) -> int:
+        return 1
+
+    @property
     def embedding_dim(self) -> int:
         return self.model.embedding_dim
 

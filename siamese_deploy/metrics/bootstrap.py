@@ -43,7 +43,7 @@ ClassedScores: TypeAlias = tuple[Integers, Integers, npt.NDArray[np.bool_], Scor
 _TAIL = np.logspace(-6, 0, 1024)
 _QUANTILES = np.linspace(0, 1, 768)
 _MAX_DISTINCT = 4096
-_HELD_CELLS = 1 << 21
+_HELD_CELLS = 1 << 19
 _ROWS, _REPLICATES_AT_A_TIME = 1 << 13, 32  # 2 MiB of float64: stays in a core's cache
 
 

@@ -97,7 +97,7 @@ def bootstrap(
     Runs with the same seed and n_classes draw the same classes, so two models on the same pairs can be compared
     replicate by replicate (`paired_difference`). Up to 4,096 distinct scores each keep a bin of their own; more are put
     into bins of at most about 0.13 % of either kind of pair, finer towards the tails that decide errors. Memory: at
-    most about 120 MB and 1 kB a class, however many pairs there are.
+    most about 200 MB and 1 kB a class, however many pairs there are.
 
     Args:
         chunks: gives all pairs; called once.

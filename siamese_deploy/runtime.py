@@ -43,8 +43,9 @@ from siamese_deploy.providers import (
 from siamese_deploy.tensorrt import HEAD_BATCH, EngineKey, engine_key, tensorrt_environment, tensorrt_options
 from siamese_deploy.verifier import Embeddings, Images, Scores
 
-# On two cores of a CPU no larger run is faster, and a run of 32 pictures takes 300 MB more.
-_CPU_BATCH, _GPU_BATCH = 8, 32
+# Larger runs are no faster on a CPU; every picture in a run takes memory, 8 MB with a resnet18 of 224 px.
+_CPU_BATCH, _LEAST_CPU_BATCH = 8, 2
+_PICTURES_AT_ONCE = 32
 
 # The golden check tells a wrong, damaged or overflowing network from rounding; export measures rounding itself. In 8
 # bits a value next to the border of two steps may fall to either side on another provider.
@@ -62,8 +63,8 @@ class OnnxVerifier:
         bundle: folder, or a `Bundle` already read.
         provider: "auto" (CUDA where it truly starts, else CPU), "cpu", "cuda" or "tensorrt".
         threads: CPU threads within one run; default: the cores this process may use.
-        throughput: for many pictures on the CPU: as many runs at once as there are threads, each of 8 pictures or
-            more on one thread, instead of one run on all of them. A single picture then takes longer.
+        throughput: for many pictures on the CPU: as many runs at once as there are threads, each of several
+            pictures on one thread, instead of one run on all of them. A single picture then takes longer.
         max_batch: pictures in one run of the backbone; default: the bundle's largest batch.
         gpu_memory_mb: most that each of the two sessions may take on the GPU, in MiB, CUDA's own workspaces on top.
         cache: embeddings of pictures seen before, for `compare`.
@@ -218,7 +219,10 @@ class OnnxVerifier:
 
     @property
     def batch_size(self) -> int:
-        return min(_CPU_BATCH if self.provider == "cpu" else _GPU_BATCH, self.max_batch)
+        share = _PICTURES_AT_ONCE // self.calls_at_once
+        if self.provider == "cpu":
+            share = max(_LEAST_CPU_BATCH, min(_CPU_BATCH, share))
+        return min(share, self.max_batch)
 
     def embed(self, images: Images) -> Embeddings:
         """(N, H, W, 3) uint8 RGB -> (N, dim) float32; more than `max_batch` is split. N may be 0.

@@ -97,6 +97,17 @@ def test_many_runs_at_once_answer_to_the_bit_as_one(verifier: OnnxVerifier, tiny
 
 
 @pytest.mark.parametrize(
+    ("threads", "max_batch", "batch_size"),
+    [(1, 8, 8), (2, 8, 8), (2, 3, 3), (8, 8, 4), (16, 8, 2), (64, 8, 2), (64, 1, 1)],
+)
+def test_runs_at_once_are_small_where_there_are_many(
+    tiny_bundle: Path, threads: int, max_batch: int, batch_size: int
+) -> None:
+    many = OnnxVerifier(tiny_bundle, provider="cpu", throughput=True, threads=threads, max_batch=max_batch)
+    assert (many.calls_at_once, many.batch_size) == (threads, batch_size)
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"max_batch": 9}, r"max_batch: expected 1 to 8 \(the bundle's\), got 9"),

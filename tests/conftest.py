@@ -11,8 +11,9 @@ from click.testing import CliRunner, Result
 
 from siamese_deploy.demo_data import draw_character
 
-# Determinism is promised whatever the machine; small tests are fastest without threads fighting for two cores.
+# Two threads, as with one a sum has only one order; asleep while they wait, as the suite's processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A suite started in the background has Ctrl-C ignored, which the code under test rightly respects.
 signal.signal(signal.SIGINT, signal.default_int_handler)

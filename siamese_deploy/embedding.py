@@ -56,6 +56,9 @@ class EmbeddedPicture:
         return os.fspath(self.picture) if isinstance(self.picture, str | os.PathLike) else "<picture>"
 
 
+_Embedded: TypeAlias = "tuple[list[EmbeddedPicture], list[EmbeddedPicture], Embeddings]"
+
+
 def embed_pictures(
     verifier: Verifier, pictures: Iterable[Picture], *, cache: EmbeddingCache | None = None
 ) -> Iterator[list[EmbeddedPicture]]:
@@ -86,31 +89,31 @@ def embed_pictures(
             _keep(cache, verifier, to_keep)
 
 
-def _embedded(
-    verifier: Verifier, batches: Iterator[list[EmbeddedPicture]]
-) -> Iterator[tuple[list[EmbeddedPicture], list[EmbeddedPicture], Embeddings]]:
+def _embedded(verifier: Verifier, batches: Iterator[list[EmbeddedPicture]]) -> Iterator[_Embedded]:
     """Each batch in order, those of it that were embedded, and their embeddings."""
 
-    def embed(batch: list[EmbeddedPicture]) -> tuple[list[EmbeddedPicture], Embeddings]:
+    def embed(batch: list[EmbeddedPicture]) -> _Embedded:
         new = [item for item in batch if item.pixels is not None]
         pixels = [item.pixels for item in new if item.pixels is not None]
-        return new, verifier.embed(np.stack(pixels)) if new else np.empty((0, verifier.embedding_dim), np.float32)
+        return (
+            batch,
+            new,
+            verifier.embed(np.stack(pixels)) if new else np.empty((0, verifier.embedding_dim), np.float32),
+        )
 
     if verifier.calls_at_once == 1:  # in this thread, as on a GPU every new one would get handles of its own
-        for batch in batches:
-            yield batch, *embed(batch)
+        yield from map(embed, batches)
         return
     # Threads that do not wait for each other: halves of one batch never take equally long.
     threads = ThreadPoolExecutor(verifier.calls_at_once)
-    running: deque[tuple[list[EmbeddedPicture], Future[tuple[list[EmbeddedPicture], Embeddings]]]] = deque()
+    running: deque[Future[_Embedded]] = deque()
     try:
         for batch in batches:
-            running.append((batch, threads.submit(embed, batch)))
+            running.append(threads.submit(embed, batch))
             if len(running) > verifier.calls_at_once + 1:  # one waits for the first thread that is free
-                batch, work = running.popleft()
-                yield batch, *work.result()
-        for batch, work in running:
-            yield batch, *work.result()
+                yield running.popleft().result()
+        for work in running:
+            yield work.result()
     finally:
         threads.shutdown(cancel_futures=True)
 

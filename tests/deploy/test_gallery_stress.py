@@ -22,7 +22,7 @@ from gallery_load import NAMES, Operation, explain, picture
 from siamese_deploy import OnnxVerifier
 from siamese_deploy.gallery.store import GalleryStore
 
-KILLS = int(os.environ.get("SIAMESE_KILLS", "100"))
+KILLS = int(os.environ.get("SIAMESE_KILLS", "300"))
 PROCESSES = int(os.environ.get("SIAMESE_PROCESSES", "8"))
 OPERATIONS = int(os.environ.get("SIAMESE_OPERATIONS", "200"))
 """Of each process."""

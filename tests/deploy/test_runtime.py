@@ -3,9 +3,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +20,7 @@ from tiny_bundle import DIM, SIZE_HW, make_bundle
 from siamese_deploy import OnnxVerifier
 from siamese_deploy.bundle import Golden, read_bundle
 from siamese_deploy.errors import BundleError, ImageError, IntegrityError, ProviderError, UsageError
-from siamese_deploy.providers import ORT_NAMES, nodes_by_provider, open_session
+from siamese_deploy.providers import ORT_NAMES, nodes_by_provider, open_session, run_session
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,21 @@ def test_runs_at_once_are_small_where_there_are_many(
 ) -> None:
     many = OnnxVerifier(tiny_bundle, provider="cpu", throughput=True, threads=threads, max_batch=max_batch)
     assert (many.calls_at_once, many.batch_size) == (threads, batch_size)
+
+
+def test_a_batch_is_one_run_and_several_are_shared_out(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = OnnxVerifier(tiny_bundle, provider="cpu", throughput=True, threads=8)
+    sizes: list[int] = []
+
+    def counted(run: Callable[..., list[Any]], output: str, inputs: dict[str, Any], provider: str) -> Any:
+        sizes.append(len(inputs["images"]))
+        return run_session(run, output, inputs, provider)
+
+    monkeypatch.setattr("siamese_deploy.runtime.run_session", counted)
+    for n_pictures, expected in ((4, [4]), (5, [1, 4]), (40, [5] * 8)):
+        sizes.clear()
+        many.embed(random_images(n_pictures))
+        assert sorted(sizes) == expected
 
 
 @pytest.mark.parametrize(

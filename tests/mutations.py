@@ -27,7 +27,7 @@ PLACES = [
     ("cli/gallery.py", "_as_json", "fail_closed gallery_command"),
     (
         "cli/command.py",
-        "invoke make_context _fail _terminated",
+        "invoke make_context _fail _failure_of _terminated",
         "command fail_closed log interrupts faults_of_the_environment",
     ),
     (

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import click
 
@@ -93,65 +93,49 @@ class Command(click.Command):
             if error.code if isinstance(error, SystemExit) else error.exit_code:
                 raise
             # A command ends well by coming to its end: exit code 0 is an answer, and no library's to give.
-            _fail(
-                ctx, "internal error: ended before it was done; this is a bug, please report it", 70, "internal-error"
-            )
-        except KeyboardInterrupt:
-            _fail(ctx, "interrupted", 130, "interrupted")
+            _fail(ctx, _Failure("internal error: ended before it was done; this is a bug, please report it"))
         except BrokenPipeError:  # the reader of our output went away (`| head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
-        except SiameseError as error:
-            _fail(ctx, str(error), error.exit_code, error.code)
-        except MemoryError:
-            _fail(ctx, "out of memory; use smaller pictures or batches", 5, "out-of-memory")
         except BaseException as error:  # also what is no Exception, such as a panic of a library written in Rust
-            if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNO:
-                _fail(ctx, f"{error.filename or 'output'}: {error.strerror}", 5, code_of(error, "environment"))
-            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-                _fail(ctx, f"{error.filename}: {error.strerror}", 2, UsageError.code)
-            if str(error).startswith("DataLoader worker"):
-                _fail(
-                    ctx,
-                    f"a loading process died ({error}); use fewer --workers, and --resume to go on",
-                    5,
-                    "process-died",
-                )
-            if "shared memory(shm)" in str(error):
-                _fail(
-                    ctx,
-                    "no shared memory left; enlarge /dev/shm (docker run --shm-size) or use fewer --workers",
-                    5,
-                    "shared-memory-full",
-                )
-            if isinstance(error, ImportError) and ".so" in str(error):  # no memory or no descriptor left for a library
-                _fail(
-                    ctx,
-                    f"a library cannot be loaded: {error}; free memory, or install its package again",
-                    5,
-                    "library-broken",
-                )
-            if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
-                _fail(
-                    ctx,
-                    "no further thread can be started; allow more memory or processes (ulimit -v, -u)",
-                    5,
-                    "out-of-threads",
-                )
-            # torch's, known by name and text because torch may be absent
-            if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
-                _fail(
-                    ctx,
-                    "out of memory; lower --batch_size, --classes_per_batch or --image_size, or use --device cpu",
-                    5,
-                    "out-of-memory",
-                )
-            _fail(
-                ctx,
-                f"internal error: {error!r}; this is a bug, please report it with --debug's output",
-                70,
-                "internal-error",
-            )
+            _fail(ctx, _failure_of(error))
+
+
+class _Failure(NamedTuple):
+    message: str
+    exit_code: int = 70
+    code: str = "internal-error"
+
+
+def _failure_of(error: BaseException) -> _Failure:
+    text = str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return _Failure("interrupted", 130, "interrupted")
+    if isinstance(error, SiameseError):
+        return _Failure(text, error.exit_code, error.code)
+    if isinstance(error, MemoryError):
+        return _Failure("out of memory; use smaller pictures or batches", 5, "out-of-memory")
+    if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNO:
+        return _Failure(f"{error.filename or 'output'}: {error.strerror}", 5, code_of(error, "environment"))
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return _Failure(f"{error.filename}: {error.strerror}", 2, UsageError.code)
+    if isinstance(error, ImportError) and ".so" in text:  # no memory or no descriptor left for a library
+        advice = "free memory, or install its package again"
+        return _Failure(f"a library cannot be loaded: {error}; {advice}", 5, "library-broken")
+    if isinstance(error, RuntimeError) and text == "can't start new thread":
+        advice = "allow more memory or processes (ulimit -v, -u)"
+        return _Failure(f"no further thread can be started; {advice}", 5, "out-of-threads")
+    # What follows is torch's, known by name and text because torch may be absent.
+    if text.startswith("DataLoader worker"):
+        advice = "use fewer --workers, and --resume to go on"
+        return _Failure(f"a loading process died ({error}); {advice}", 5, "process-died")
+    if "shared memory(shm)" in text:
+        advice = "enlarge /dev/shm (docker run --shm-size) or use fewer --workers"
+        return _Failure(f"no shared memory left; {advice}", 5, "shared-memory-full")
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        advice = "lower --batch_size, --classes_per_batch or --image_size, or use --device cpu"
+        return _Failure(f"out of memory; {advice}", 5, "out-of-memory")
+    return _Failure(f"internal error: {error!r}; this is a bug, please report it with --debug's output")
 
 
 class DecidingCommand(Command):
@@ -215,7 +199,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-def _fail(ctx: click.Context, message: str, exit_code: int, code: str) -> NoReturn:
+def _fail(ctx: click.Context, failure: _Failure) -> NoReturn:
     trace = ""
     if ctx.meta.get("siamese.debug"):
         import traceback
@@ -224,9 +208,9 @@ def _fail(ctx: click.Context, message: str, exit_code: int, code: str) -> NoRetu
         with suppress(OSError):
             traceback.print_exc()
     if run_log := log_of(ctx):
-        run_log.failed(code, message, trace)
-    _tell(f"{ctx.command_path}: {one_line(message)}")
-    sys.exit(exit_code)
+        run_log.failed(failure.code, failure.message, trace)
+    _tell(f"{ctx.command_path}: {one_line(failure.message)}")
+    sys.exit(failure.exit_code)
 
 
 def _tell(line: str) -> None:

@@ -21,7 +21,7 @@ SOURCES = [
     for package in ("siamese_deploy", "siamese_train", "export/siamese_export")
     for file in sorted((ROOT / package).rglob("*.py"))
 ]
-POSITION = {"_fail": 3, "warn": 0, "log": 1, "SkippedFile": 2, "ImageError": 2}
+POSITION = {"_Failure": 2, "warn": 0, "log": 1, "SkippedFile": 2, "ImageError": 2}
 """Where the code stands among the arguments, if it is not given by name."""
 
 

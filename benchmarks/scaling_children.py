@@ -101,6 +101,8 @@ def _digest(outputs: np.ndarray) -> str:
 
 
 def _ready() -> dict[str, object]:
+    # The peak from here on: opening the graphs takes more than a short list does, and would hide what that adds.
+    Path("/proc/self/clear_refs").write_text("5")
     return {"ready": time.monotonic()}  # one clock for all processes
 
 

@@ -74,7 +74,7 @@ def constants(measured: dict[str, Any], c: dict[str, float]) -> str:
             "memory that grows: `identify`, a row",
             f"{c['memory_bytes_per_row']:,.0f} B"
             if c["memory_bytes_per_row"]
-            else "none seen over the peak at the start",
+            else "none seen",
         ),
         ("memory that grows: embedding, a picture", f"{c['memory_bytes_per_image']:,.0f} B"),
         ("memory that grows: scoring a list of pairs, a pair", f"{c['memory_bytes_per_pair']:,.0f} B"),

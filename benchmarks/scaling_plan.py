@@ -72,9 +72,7 @@ def constants(measured: dict[str, Any], c: dict[str, float]) -> str:
         ("gallery on the disk, a row", f"{c['row_bytes_disk']:,.0f} B"),
         (
             "memory that grows: `identify`, a row",
-            f"{c['memory_bytes_per_row']:,.0f} B"
-            if c["memory_bytes_per_row"]
-            else "none seen",
+            f"{c['memory_bytes_per_row']:,.0f} B" if c["memory_bytes_per_row"] else "none seen",
         ),
         ("memory that grows: embedding, a picture", f"{c['memory_bytes_per_image']:,.0f} B"),
         ("memory that grows: scoring a list of pairs, a pair", f"{c['memory_bytes_per_pair']:,.0f} B"),

@@ -94,6 +94,7 @@ def check_interrupted_at(step: int, workers: int, pictures: Path, straight: Path
     assert_equal(out, straight)
 
 
+@pytest.mark.usefixtures("torch_threads")
 @pytest.mark.parametrize(("step", "workers", "recipe"), [(5, 2, {}), (4, 0, EVERYTHING)])
 def test_resumed_run_is_bit_equal(
     pictures: Path, tmp_path: Path, step: int, workers: int, recipe: dict[str, Any]

@@ -79,7 +79,8 @@ def embed_pictures(
                         f"{item.name}: the network gives no finite embedding (NaN or infinity)", code="not-finite"
                     )
                 item.vector, item.pixels = vector, None
-            to_keep += [item for item in new if item.sha256]
+            if cache is not None:
+                to_keep += [item for item in new if item.sha256]
             yield batch
             if cache is not None and len(to_keep) >= _KEEP_AT_ONCE:
                 _keep(cache, verifier, to_keep)

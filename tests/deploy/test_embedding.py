@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,17 @@ def test_every_picture_is_embedded_once_and_in_its_row(verifier: OnnxVerifier, p
 @pytest.fixture(scope="module")
 def side_by_side(tiny_bundle: Path) -> OnnxVerifier:
     return OnnxVerifier(tiny_bundle, provider="cpu", throughput=True, threads=2)
+
+
+def test_pictures_that_were_handed_over_are_let_go(verifier: OnnxVerifier, pictures: Path) -> None:
+    """Else a long run without a cache holds every embedding twice."""
+    files = [pictures / "bolt/2.png"] * (6 * verifier.batch_size)
+    batches = embed_pictures(verifier, files)
+    first = [weakref.ref(item) for item in next(batches)]
+    assert len(first) == verifier.batch_size
+    next(batches)
+    assert [item() for item in first] == [None] * len(first)
+    assert len(list(batches)) == 4
 
 
 def test_calls_side_by_side_give_every_picture_its_own_embedding(

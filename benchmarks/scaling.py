@@ -33,12 +33,16 @@ from scaling_children import CHILDREN, HEAD_OF_LIST, PICTURES, question, run_chi
 from scaling_fit import Series, fitted_memory, fitted_time, print_series
 from scaling_plan import blocks_of, differing, with_blocks
 
+from siamese_deploy.embedding import SCORE_CHUNK_PAIRS
+from siamese_deploy.gallery.store import CHUNK_ROWS
+
 HERE = Path(__file__).parent
 FIGURES = HERE / "scaling.json"
 PICTURE = HERE.parent / "docs" / "scaling.png"
 ROUNDS = 3
 BIG_PICTURE = 1024
 """Side of the JPEG files that the plan reckons with."""
+FULL_CHUNK = max(SCORE_CHUNK_PAIRS, CHUNK_ROWS)
 SIZES: dict[str, tuple[int, ...]] = {
     "images_224": (8, 25, 78, 247, 780),
     "images_32": (78, 247, 780, 2_470, 7_800, 24_700),
@@ -315,6 +319,9 @@ def time_series(name: str, title: str, of: str, costs: dict[int, float]) -> Seri
 
 
 def memory_series(name: str, title: str, of: str, peaks: dict[int, float]) -> Series:
+    full = [number for number in peaks if number >= FULL_CHUNK]
+    if of in ("pairs", "rows") and len(full) > 1:  # below a full chunk it is the chunk's buffer that grows
+        peaks = {number: peaks[number] for number in full}
     return Series(name, title, of, "MiB", *columns(peaks), fitted_memory(*columns(peaks)))
 
 

@@ -55,8 +55,8 @@ def _plot(panel, one: Series, colour: str) -> None:  # type: ignore[no-untyped-d
     if one.fit is None:
         panel.plot(one.sizes, one.costs, "o-", color=colour, markersize=5, linewidth=1, label=name)
         return
-    power = f"exponent {one.fit.exponent:.2f} ± {one.fit.error:.2f}"
-    panel.plot(one.sizes, one.costs, "o", color=colour, markersize=5, label=f"{name}: {power}")
+    power = "" if one.is_memory else f": exponent {one.fit.exponent:.2f} ± {one.fit.error:.2f}"
+    panel.plot(one.sizes, one.costs, "o", color=colour, markersize=5, label=name + power)
     if one.is_memory:
         n = np.geomspace(one.sizes[0], one.sizes[-1], 100)
         panel.plot(n, one.fit.constant + one.fit.slope * n, color=colour, linewidth=1)

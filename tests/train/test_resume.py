@@ -104,8 +104,7 @@ def test_resumed_run_is_bit_equal(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [{}, EVERYTHING], ids=["reference", "everything"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "recipe"), [(0, {}), (2, EVERYTHING)], ids=["reference", "everything"])
 def test_resumed_run_is_bit_equal_at_every_step(
     pictures: Path, tmp_path: Path, workers: int, recipe: dict[str, Any]
 ) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 
 from siamese_deploy.demo_data import draw_character
 
-# The suite's processes share the cores; networks as small as the tests' gain nothing from threads of their own.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Two threads, as with one a sum has only one order; asleep while they wait, as the suite's processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A suite started in the background has Ctrl-C ignored, which the code under test rightly respects.
@@ -28,17 +28,6 @@ RunCommand = Callable[..., Result]
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads what another one, or the user, has in the cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg-cache"))
-
-
-@pytest.fixture
-def torch_threads() -> Iterator[None]:
-    """PyTorch with two threads: with one a sum has only one order."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -154,7 +154,7 @@ def test_scores_of_different_pairs_differ(bundle: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "size"),
-    [("resnet18", 224), ("mobilenet_v3_small", 96), ("efficientnet_b0", 96), ("convnext_tiny", 64)],
+    [("resnet18", 224), ("mobilenet_v3_small", 224), ("efficientnet_b0", 96), ("convnext_tiny", 64)],
 )
 def test_networks_export_and_answer_alike(
     run: RunCommand, pictures: Path, tmp_path: Path, backbone: str, size: int

@@ -145,7 +145,6 @@ def test_dropout_depends_on_the_place_in_the_run_alone() -> None:
     assert len({loss(3, 4), loss(3, 5), loss(4, 4), loss(3, 4, seed=2)}) == 4
 
 
-@pytest.mark.usefixtures("torch_threads")
 def test_a_large_batch_gives_the_same_gradient_bit_for_bit() -> None:
     """Many pairs share each picture, and the threads that add up its gradient must not race."""
     gradients = []

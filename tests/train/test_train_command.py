@@ -56,7 +56,6 @@ def test_writes_checkpoints_and_the_references_scalars(run: RunCommand, pictures
     assert f"loss: {best.training['metrics']['val_loss']:.4f}" in evaluated.stdout
 
 
-@pytest.mark.usefixtures("torch_threads")
 def test_every_layer_learns_and_the_same_seed_gives_the_same_weights(
     run: RunCommand, pictures: Path, tmp_path: Path
 ) -> None:
